@@ -1,0 +1,188 @@
+"""`compress()` attaches a method to a model, the `Handle` steers and records it, `restore()` takes it off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .hosts import open_host
+from .method import Method, get_method
+from .record import Record
+from .stages.features import FeaturesStage
+from .tokens import check_keep
+
+_STAGES = {"features": FeaturesStage}
+_HANDLE = "_vtc_handle"
+
+Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
+
+
+class Handle:
+    """The switch, the budget and the record of one compressed model; a context manager that removes itself."""
+
+    def __init__(self, model: nn.Module, stages: list[Any]):
+        self._model, self._stages = model, stages
+
+    @property
+    def keep(self) -> int | float | dict[str, int | float]:
+        """The budget: a fraction in (0, 1] or tokens per image; a dict by stage where there are several."""
+        budgets = {stage.name: stage.keep for stage in self._stages}
+        return budgets if len(budgets) > 1 else next(iter(budgets.values()))
+
+    @keep.setter
+    def keep(self, keep: int | float | dict[str, int | float]) -> None:
+        budgets = keep if isinstance(keep, dict) else {self._stages[-1].name: keep}
+        stages = {stage.name: stage for stage in self._stages}
+        if unknown := set(budgets) - set(stages):
+            raise ValueError(f"no stage {sorted(unknown)} is in use here: {sorted(stages)}")
+        checked = {name: stages[name].check(budget) for name, budget in budgets.items()}
+        for name, budget in checked.items():
+            stages[name].keep = budget
+
+    @property
+    def plan(self) -> list[tuple[Method, dict[str, Any]]]:
+        """What runs, as a list that `compress()` and `save()` take."""
+        return [(stage.method, {"stage": stage.name, "keep": stage.keep}) for stage in self._stages]
+
+    @property
+    def last(self) -> list[Record]:
+        """One record per image of the last forward, in the order the images were given."""
+        return self._stages[-1].last
+
+    @property
+    def spent(self) -> float:
+        """Seconds of host time that capturing, scoring and reducing took in the last forward."""
+        return sum(stage.spent for stage in self._stages)
+
+    def describe(self) -> str:
+        """One line per stage: what runs where, with which budget and options, and what it last did."""
+        lines = []
+        for stage in self._stages:
+            line = f"{stage.name}: {stage.method} keep={stage.keep}"
+            if stage.last:
+                counts = [f"{r.entering['decoder']} of {r.entering['features']}" for r in stage.last]
+                line += f"; tokens kept in the last forward: {', '.join(counts)}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def remove(self) -> None:
+        """Takes everything off again. Calling it twice does no harm."""
+        if vars(self._model).get(_HANDLE) is not self:
+            return
+        delattr(self._model, _HANDLE)
+        for stage in reversed(self._stages):
+            stage.remove()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+
+def compress(
+    model: nn.Module,
+    method: Plan,
+    keep: int | float | None = None,
+    *,
+    stage: str | None = None,
+    replace: bool = False,
+    **options: Any,
+) -> Handle:
+    """Makes a model carry fewer vision tokens from now on, in place; its calls stay as they are.
+
+    model    a transformers vision-language model of a known family; a PEFT wrapper around one is opened
+    method   a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ..., options})
+    keep     the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per image
+             (an image with fewer keeps all of its own). Exactly that many come out. As soon as one patch
+             token of an image is dropped, its newline tokens and a CLS token go too
+    stage    where the reduction takes effect; the method's default where None
+    replace  True: an earlier compression of this model is removed first
+    options  the method's own fields, where it is given by name
+
+    Kept tokens keep their positions. While compressed, `get_image_features` marks dropped tokens by NaN.
+
+    Raises ValueError for an unknown method, option, model or stage, a budget out of range, or a need that the
+    model cannot serve; TypeError for a budget or model of the wrong type; RuntimeError for a model that is
+    compressed or compiled already. The model is then as it was.
+    """
+    model = _unwrap(model)
+    steps = _steps(method, keep, stage, options)
+    handle = vars(model).get(_HANDLE)
+    if handle is not None and not replace:
+        raise RuntimeError(
+            f"this {type(model).__name__} is compressed already ({handle.describe()}): "
+            "call vtc.restore(model) first, or pass replace=True"
+        )
+    vision = open_host(model)
+    if (
+        handle is not None
+    ):  # the new stages look at the bare model, and the old one comes back if they refuse it
+        handle.remove()
+    try:
+        stages = [_STAGES[where](vision, rule, budget) for rule, where, budget in steps]
+    except Exception:
+        if handle is not None:
+            _install(model, handle)
+        raise
+    return _install(model, Handle(model, stages))
+
+
+def restore(model: nn.Module) -> None:
+    """Removes what `compress()` attached to a model. Raises RuntimeError if there is nothing to remove."""
+    handle = vars(_unwrap(model)).get(_HANDLE)
+    if handle is None:
+        raise RuntimeError(f"this {type(model).__name__} is not compressed, so there is nothing to restore")
+    handle.remove()
+
+
+def _install(model: nn.Module, handle: Handle) -> Handle:
+    setattr(model, _HANDLE, handle)
+    for stage in handle._stages:
+        stage.install()
+    return handle
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise RuntimeError("the model is compiled already: call vtc.compress() before torch.compile()")
+    return model
+
+
+def _steps(plan: Plan, keep: Any, stage: str | None, options: dict) -> list[tuple[Method, str, int | float]]:
+    if isinstance(plan, list):
+        if keep is not None or stage is not None or options:
+            raise ValueError(
+                "with a list of methods, give keep, stage and options in the list: ('tome', {'keep': 0.5})"
+            )
+        steps = [_step(method, **settings) for method, settings in plan]
+    else:
+        steps = [_step(plan, keep=keep, stage=stage, **options)]
+    names = [where for _, where, _ in steps]
+    if not steps or len(set(names)) < len(names):
+        raise ValueError(f"give one method for each stage, at least one: got {names}")
+    return steps
+
+
+def _step(
+    method: str | Method, keep: Any = None, stage: str | None = None, **options: Any
+) -> tuple[Method, str, int | float]:
+    if isinstance(method, Method):
+        if options:
+            raise ValueError(f"options {sorted(options)} belong in the method: {type(method).__name__}(...)")
+    else:
+        method = get_method(method, **options)
+    if keep is None:
+        raise ValueError(
+            f"give '{method.name}' a budget: keep=0.25 for a quarter of the tokens, keep=64 for 64 per image"
+        )
+    where = stage or method.stages[0]
+    if where not in method.stages or where not in _STAGES:
+        usable = ", ".join(name for name in method.stages if name in _STAGES) or "none"
+        raise ValueError(f"method '{method.name}' does not run at stage {where!r}: it runs at {usable}")
+    return method, where, check_keep(keep)

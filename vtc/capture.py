@@ -1,0 +1,177 @@
+"""Attention rows and keys of single encoder layers, while the model itself stays on fused attention.
+
+A fused kernel never shows its attention map. So the layers a method names get a copy of their config whose
+attention implementation is a thin wrapper: it hands queries and keys to a recorder and then calls the
+implementation that was there, with the same arguments. The output is bit-identical; only the rows that are
+needed are recomputed, in float32, without gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .hosts import Encoder
+from .method import Need, get_method, list_methods
+
+_PREFIX = "vtc|"  # names in transformers' AttentionInterface; they stay there and do nothing by themselves
+_ELEMENTS = 1 << 24  # attention weights held at once when every query row is needed: 64 MiB
+
+
+class Capture:
+    """Records `needs` from an encoder during `recording()`; ValueError where the encoder cannot serve one."""
+
+    def __init__(self, encoder: Encoder, needs: tuple[Need, ...], method: str):
+        for need in needs:
+            if reason := missing(encoder, need):
+                raise ValueError(
+                    f"method '{method}' needs {reason}; methods that work here: {', '.join(working(encoder))}"
+                )
+        self.encoder = encoder
+        self.needs = {need.kind: need.resolve(len(encoder.blocks)) for need in needs}
+        self._layers = {layer for layers in self.needs.values() for layer in layers}
+        self._recordings: dict[int, Recording] = {}  # by thread: two forwards at once must not mix
+        self._wrapped: list[tuple[nn.Module, object]] = []
+
+    def install(self) -> None:
+        from transformers.modeling_utils import AttentionInterface
+
+        for layer in self._layers:
+            module = self.encoder.attention(layer)
+            implementation = module.config._attn_implementation or "eager"
+            AttentionInterface.register(_PREFIX + implementation, _record_and_attend)
+            config = copy.copy(module.config)
+            config._attn_implementation_internal = _PREFIX + implementation
+            config.vtc_recorder = _Recorder(self, layer)
+            self._wrapped.append((module, module.config))
+            module.config = config
+
+    def remove(self) -> None:
+        for module, config in self._wrapped:
+            module.config = config
+        self._wrapped.clear()
+        self._recordings.clear()
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Opens this thread's recording; calls outside of one (in a backward, say) are ignored."""
+        thread = threading.get_ident()
+        recording = self._recordings[thread] = Recording(self)
+        try:
+            yield recording
+        finally:
+            del self._recordings[thread]
+
+
+def missing(encoder: Encoder, need: Need) -> str | None:
+    """What keeps this encoder from serving a need, or None where it can."""
+    if need.kind not in _COMPUTE:
+        return f"'{need.kind}', which is none of {', '.join(_COMPUTE)}"
+    if need.kind == "cls_attention" and not encoder.has_cls:
+        return f"a CLS token, which {type(encoder.tower).__name__} has not"
+    if not hasattr(getattr(encoder.attention(0), "config", None), "_attn_implementation"):
+        return f"attention that {type(encoder.attention(0)).__name__} does not let be read"
+    return None
+
+
+def working(encoder: Encoder) -> list[str]:
+    """The methods whose needs, at their default options, this encoder can serve."""
+    methods = (get_method(name) for name in list_methods())
+    return [m.name for m in methods if not any(missing(encoder, need) for need in m.needs)]
+
+
+@dataclass
+class Recording:
+    """What one forward of the encoder left behind."""
+
+    capture: Capture
+    rows: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
+        start = time.perf_counter()
+        for kind, layers in self.capture.needs.items():
+            if layer in layers:
+                with torch.no_grad():
+                    row = _COMPUTE[kind](query, key, scaling, mask)  # (rows, N_all, ...)
+                self.rows.setdefault((kind, layer), []).append(row[:, self.capture.encoder.prefix :])
+        self.seconds += time.perf_counter() - start
+
+    def extras(self) -> dict[str, Tensor]:
+        """Each need as (rows, layers, N, ...). Raises RuntimeError if a layer was not run."""
+        found = {}
+        for kind, layers in self.capture.needs.items():
+            if any((kind, layer) not in self.rows for layer in layers):
+                raise RuntimeError(
+                    f"the vision encoder ran without the attention of its layers {layers}, so '{kind}' is missing: "
+                    "compress() the model again after changing its attention implementation"
+                )
+            found[kind] = torch.stack([torch.cat(self.rows[kind, layer]) for layer in layers], dim=1)
+        return found
+
+
+@dataclass
+class _Recorder:
+    capture: Capture
+    layer: int
+
+    def __call__(self, *tensors) -> None:
+        recording = self.capture._recordings.get(threading.get_ident())
+        if recording is not None:
+            recording.add(self.layer, *tensors)
+
+
+def _record_and_attend(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+    """Registered in transformers' AttentionInterface under "vtc|<implementation>"."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = module.config._attn_implementation.removeprefix(_PREFIX)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module.config.vtc_recorder(query, key, scale, attention_mask)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Post-softmax attention of the given query rows, float32: (B, H, Q, N)."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped queries share keys
+    logits = (query @ key.transpose(-1, -2)).float() * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(dim=-1)
+
+
+def _cls_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    first = None if mask is None else mask[..., :1, :]
+    return _weights(query[:, :, :1], key, scaling, first)[:, :, 0].mean(dim=1)  # (B, N)
+
+
+def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    step = max(1, _ELEMENTS // (batch * heads * key.shape[2]))
+    total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        part = mask if mask is None or mask.shape[-2] == 1 else mask[..., chunk, :]
+        total += _weights(query[:, :, chunk], key, scaling, part).sum(dim=(1, 2))  # (B, N)
+    return total / (heads * rows)
+
+
+def _keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    return key.mean(dim=1)  # (B, N, head_dim)
+
+
+_COMPUTE: dict[str, Callable[..., Tensor]] = {
+    "cls_attention": _cls_attention,
+    "mean_attention": _mean_attention,
+    "keys": _keys,
+}

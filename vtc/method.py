@@ -1,0 +1,174 @@
+"""The kinds of method, what they need from inside a layer, and the registry that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .tokens import Reduction, Tokens
+
+Layer = int | float | slice
+
+
+@dataclass(frozen=True)
+class Need:
+    """A quantity from inside the vision encoder, recomputed from captured queries and keys of a few layers.
+
+    kind    "cls_attention"   what the CLS token attends to, post-softmax, mean over heads: (B, layers, N)
+            "mean_attention"  attention a token receives, post-softmax, mean over heads and over all query
+                              rows (CLS row included, as the HiPrune code does): (B, layers, N)
+            "keys"            keys after norm and rotation, mean over heads: (B, layers, N, head_dim)
+    layers  0-based block indices, negatives from the end; a float is a fraction of the depth; a slice spans
+            blocks and its bounds may be fractions too
+    """
+
+    kind: str
+    layers: tuple[Layer, ...]
+
+    def resolve(self, depth: int) -> tuple[int, ...]:
+        """The block indices in an encoder of `depth` blocks. Raises ValueError if one does not exist."""
+        found: list[int] = []
+        for layer in self.layers:
+            if isinstance(layer, slice):
+                start, stop = (_block(bound, depth) for bound in (layer.start, layer.stop))
+                found += range(depth)[start:stop]
+            else:
+                found.append(_block(layer, depth))
+        if not found or not all(-depth <= layer < depth for layer in found):
+            raise ValueError(f"layers {self.layers} do not all exist in an encoder of {depth} blocks")
+        return tuple(layer % depth for layer in found)
+
+
+def _block(layer: int | float | None, depth: int) -> int | None:
+    return int(layer * depth + 1e-6) if isinstance(layer, float) else layer  # 14 / 24 of 24 is 14
+
+
+@dataclass
+class Method:
+    """A rule that says which tokens stay and where the others go. Its fields are its options.
+
+    Subclass `Select` or `Merge`, not this class. `stages` lists where the rule may run, its default first.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    stages: ClassVar[tuple[str, ...]] = ("features",)
+    lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What `reduce` reads from the tokens beyond their features; may depend on the options."""
+        return ()
+
+    def reduce(self, tokens: Tokens, k: int) -> Reduction:
+        """Keeps exactly k of the N tokens of every row."""
+        raise TypeError(f"{type(self).__name__} must be a Select or a Merge, or define reduce()")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, "options": dataclasses.asdict(self)}
+
+
+@dataclass
+class Select(Method):
+    """Pruning: define `score(tokens) -> (B, N)`, the k highest stay; or `select(tokens, k) -> (B, k)`."""
+
+    def score(self, tokens: Tokens) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define score() or select()")
+
+    def select(self, tokens: Tokens, k: int) -> Tensor:
+        # A stable sort breaks ties by position, so that equal scores give the same tokens in any batch.
+        return self.score(tokens).float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+    def reduce(self, tokens: Tokens, k: int) -> Reduction:
+        return Reduction.select(self.select(tokens, k), tokens.n)
+
+
+@dataclass
+class Merge(Method):
+    """Merging: define `assign(tokens, k) -> Reduction`; kept tokens become averages of their group."""
+
+    def assign(self, tokens: Tokens, k: int) -> Reduction:
+        raise TypeError(f"{type(self).__name__} must define assign()")
+
+    def reduce(self, tokens: Tokens, k: int) -> Reduction:
+        return self.assign(tokens, k)
+
+
+_registry: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Class decorator that makes a method known by its `name`. Raises ValueError for a name in use."""
+    known = _registry.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a method named '{cls.name}' exists already ({known.__module__})")
+    _registry[cls.name] = cls
+    return cls
+
+
+def _methods() -> dict[str, type[Method]]:
+    from . import methods  # every file of the folder is a method that registers itself
+
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+    return _registry
+
+
+def list_methods() -> list[str]:
+    """The names `compress()` accepts, sorted."""
+    return sorted(_methods())
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """The method of that name with the given options. Raises ValueError for an unknown name or option."""
+    known = _methods()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
+        )
+        raise ValueError(f"there is no method {name!r}; {hint}")
+    cls = known[name]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        has = ", ".join(sorted(fields)) or "none"
+        raise ValueError(f"method '{name}' has no option {', '.join(map(repr, unknown))}; its options: {has}")
+    return cls(**options)
+
+
+def doc(cls: type[Method]) -> str:
+    """The first line of a method's docstring, for tables."""
+    return inspect.getdoc(cls).splitlines()[0]
+
+
+def save(plan: list[tuple[Method | str, dict]], path: str | Path) -> None:
+    """Writes what `compress()` was given as JSON. `Handle.plan` is such a list."""
+    from . import __version__
+
+    steps = []
+    for method, options in plan:
+        method = get_method(method) if isinstance(method, str) else method
+        steps.append({**method.to_dict(), **options})
+    Path(path).write_text(
+        json.dumps({"type": "vtc", "version": __version__, "steps": steps}, indent=2) + "\n"
+    )
+
+
+def load(path: str | Path) -> list[tuple[Method, dict]]:
+    """Reads what `save()` wrote: a list that `compress(model, load(path))` takes."""
+    steps = json.loads(Path(path).read_text())["steps"]
+    plan = []
+    for step in steps:
+        method = get_method(step.pop("method"), **step.pop("options"))
+        plan.append((method, step))
+    return plan

@@ -1,0 +1,221 @@
+"""Removing marked vision tokens in front of the language model, and giving its output back at full length.
+
+A dropped token travels as a row of NaN through the model's own code, which places it in the prompt like any
+other feature. In front of the decoder the marked rows are taken out, together with their positions and mask
+columns; behind it every removed position repeats the token before it, so logits, labels and losses keep
+their shape and a text token after an image is still predicted from the last token that was kept. Later
+steps of a conversation are told about the shorter cache by the cache itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts import Vision
+from ..tokens import gather
+from .cache import CacheState, attach, physical_length, physical_mask, shrink_static, state_of
+
+_VISION_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+_HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+
+
+@dataclass
+class Plan:
+    """Which of L positions go on, for each of B rows of different lengths.
+
+    index   (B, K) position that each of the K remaining places takes
+    real    (B, K) False where a place is padding
+    source  (B, L) place whose output each position reads: its own, or the last one before it
+    """
+
+    index: Tensor
+    real: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, keep: Tensor, pad_left: bool) -> Plan:
+        """keep (B, L): the tokens that stay. Rows are padded again to the longest, on the side they were."""
+        counts = keep.sum(dim=1)  # (B,)
+        k = int(counts.max())
+        order = (~keep).long().argsort(dim=1, stable=True)  # (B, L) kept ones first, in order
+        place = torch.arange(k, device=keep.device).expand(len(keep), k)  # (B, K)
+        shift = (k - counts)[:, None] if pad_left else torch.zeros_like(counts)[:, None]  # (B, 1)
+        real = place >= shift if pad_left else place < counts[:, None]
+        index = order.gather(1, (place - shift).clamp_min(0))
+        source = (keep.long().cumsum(dim=1) - 1).clamp_min(0) + shift
+        return cls(index, real, source)
+
+    @property
+    def k(self) -> int:
+        return self.index.shape[1]
+
+
+@dataclass
+class _Call:
+    """One call of the base model, between its hooks."""
+
+    vision: bool = False
+    marked: bool = False  # the features of this call went through the stage
+    mask: Tensor | None = None
+    plan: Plan | None = None
+    state: CacheState | None = None
+
+
+class Shortening:
+    """The hooks on the base model and its decoder."""
+
+    def __init__(self, vision: Vision):
+        self.base, self.decoder, self.host = vision.base, vision.decoder, vision.host
+        self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
+        self._calls: dict[int, _Call] = {}  # by thread
+        self._hooks: list[Any] = []
+        self._ever_marked = False
+
+    def install(self) -> None:
+        self._hooks = [
+            self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
+            self.base.register_forward_hook(self._leave_base),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._calls.clear()
+
+    def features_seen(self) -> None:
+        """The stage reports that image features of this thread's call went through it."""
+        self._ever_marked = True
+        if call := self._calls.get(threading.get_ident()):
+            call.marked = True
+
+    # -- the base model: what came in, before embeddings and features are mixed
+
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {**dict(zip(self._parameters, args)), **kwargs}
+        mask = given.get("attention_mask")
+        self._calls[threading.get_ident()] = _Call(
+            vision=any(_given(given.get(name)) for name in _VISION_INPUTS),
+            marked=_given(given.get("mm_encoder_outputs")) and self._ever_marked,
+            mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+        )
+
+    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        call = self._calls.pop(threading.get_ident(), None)
+        shown = getattr(output, "image_hidden_states", None)
+        if call is not None and call.plan is not None and isinstance(shown, Tensor):
+            output.image_hidden_states = shown[~shown[..., 0].isnan()]  # (kept tokens of all images, D)
+        return output
+
+    # -- the decoder: the shorter sequence
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        call = self._calls.get(threading.get_ident())
+        x = kwargs.get("inputs_embeds")
+        if call is None or x is None:
+            return None
+        if call.vision and not call.marked:
+            raise RuntimeError(
+                f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
+                "its get_image_features; pass pixel_values, or features encoded after compress()"
+            )
+        dropped = x[..., 0].isnan() if call.vision else None  # (B, L)
+        if dropped is None or not bool(dropped.any()):
+            return args, self._continue(call, kwargs)
+        return args, self._shorten(call, kwargs, dropped)
+
+    def _continue(self, call: _Call, kwargs: dict) -> dict:
+        """A step without dropped tokens; its mask must fit a cache that was shortened earlier."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        state = state_of(cache)
+        if state is None:
+            return kwargs
+        new = kwargs["inputs_embeds"].shape[1]
+        tail = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+        if state.mask is None and tail is None:
+            return kwargs  # a mask of any other form was built by transformers for the physical cache
+        return {**kwargs, "attention_mask": physical_mask(cache, state, tail, new)}
+
+    def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
+        x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        batch, length, _ = x.shape
+        self._refuse_unknown(kwargs, length)
+        state, past = state_of(cache) or CacheState(removed=0, length=0, mask=None), physical_length(cache)
+        tail = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+        valid = _valid(mask, tail, past, x)  # (B, L)
+        plan = call.plan = Plan.of(valid & ~dropped, pad_left=bool(valid[:, -1].all()))
+        shrink_static(cache, by=length - plan.k)
+
+        positions = kwargs.get("position_ids")
+        if positions is None:  # what the decoder would have counted itself
+            positions = torch.arange(length, device=x.device)[None] + past + state.removed
+        before = None if tail is None else tail[:, : tail.shape[1] - length]
+        old = physical_mask(cache, state, before, new=0) if past else None  # (B, past)
+        if old is None and bool(plan.real.all()):
+            short_mask = None
+        else:
+            old = plan.real.new_ones(batch, past) if old is None else old
+            short_mask = torch.cat([old, plan.real], dim=1)  # (B, past + K)
+        call.state = CacheState(state.removed + length - plan.k, past + plan.k, short_mask)
+        if short_mask is None and cache is None:
+            # Positions with gaps and no mask would be taken for several packed sequences.
+            short_mask = torch.ones_like(plan.real)
+        short = gather(x, plan.index)  # (B, K, D)
+        return {
+            **kwargs,
+            "inputs_embeds": short.masked_fill(
+                ~plan.real[..., None], 0
+            ),  # padding may have been a marked row
+            "position_ids": positions.expand(batch, length).gather(1, plan.index),  # (B, K)
+            "attention_mask": None if short_mask is None else short_mask.long(),
+        }
+
+    def _refuse_unknown(self, kwargs: dict, length: int) -> None:
+        for name, value in kwargs.items():
+            if name not in _HANDLED and isinstance(value, Tensor) and length in value.shape:
+                raise ValueError(
+                    f"the decoder of {self.host.name} was given '{name}' of shape {tuple(value.shape)}, one "
+                    "entry per token, which vtc cannot shorten: leave it out or remove() the compression"
+                )
+
+    def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call = self._calls.get(threading.get_ident())
+        if call is None or call.plan is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if cache is not None:
+            attach(cache, call.state)
+        hidden = output[0]  # (B, K, D)
+        full = gather(hidden, call.plan.source)  # (B, L, D)
+        if isinstance(output, tuple):
+            return (full, *output[1:])
+        output.last_hidden_state = full
+        return output
+
+
+def _given(value: Any) -> bool:
+    """Whether a call carries this vision input: an empty dict of encoder outputs means no image."""
+    return bool(value) if isinstance(value, dict) else value is not None
+
+
+def _valid(mask: Any, mask2d: Tensor | None, past: int, x: Tensor) -> Tensor:
+    """Which of the tokens x (B, L, D) are not padding, from a mask of any form: (B, L)."""
+    batch, length, _ = x.shape
+    if mask2d is not None:
+        return mask2d[:, -length:].bool()
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=x.device)
+    # (B, 1, L, kv): a padding token does not attend to itself
+    own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :length]
+    return (own if own.dtype == torch.bool else own >= 0).expand(batch, length)
