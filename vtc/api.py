@@ -19,7 +19,7 @@ Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
 
 
 class Handle:
-    """The switch, the budget and the record of one compressed model; a context manager that removes itself."""
+    """The switch, budget and record of one compressed model; as a context manager it removes itself."""
 
     def __init__(self, model: nn.Module, stages: list[Any]):
         self._model, self._stages = model, stages
@@ -116,17 +116,15 @@ def compress(
             "call vtc.restore(model) first, or pass replace=True"
         )
     vision = open_host(model)
-    if (
-        handle is not None
-    ):  # the new stages look at the bare model, and the old one comes back if they refuse it
+    stages = [_STAGES[where](vision, rule, budget) for rule, where, budget in steps]
+    # Nothing was touched so far: whatever is refused is refused above.
+    if handle is not None:
         handle.remove()
-    try:
-        stages = [_STAGES[where](vision, rule, budget) for rule, where, budget in steps]
-    except Exception:
-        if handle is not None:
-            _install(model, handle)
-        raise
-    return _install(model, Handle(model, stages))
+    handle = Handle(model, stages)
+    setattr(model, _HANDLE, handle)
+    for part in stages:
+        part.install()
+    return handle
 
 
 def restore(model: nn.Module) -> None:
@@ -135,13 +133,6 @@ def restore(model: nn.Module) -> None:
     if handle is None:
         raise RuntimeError(f"this {type(model).__name__} is not compressed, so there is nothing to restore")
     handle.remove()
-
-
-def _install(model: nn.Module, handle: Handle) -> Handle:
-    setattr(model, _HANDLE, handle)
-    for stage in handle._stages:
-        stage.install()
-    return handle
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

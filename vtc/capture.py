@@ -111,7 +111,7 @@ class Recording:
         for kind, layers in self.capture.needs.items():
             if any((kind, layer) not in self.rows for layer in layers):
                 raise RuntimeError(
-                    f"the vision encoder ran without the attention of its layers {layers}, so '{kind}' is missing: "
+                    f"the vision encoder ran without attention in layers {layers}, so there is no {kind}: "
                     "compress() the model again after changing its attention implementation"
                 )
             found[kind] = torch.stack([torch.cat(self.rows[kind, layer]) for layer in layers], dim=1)

@@ -42,13 +42,13 @@ class Plan:
     def of(cls, keep: Tensor, pad_left: bool) -> Plan:
         """keep (B, L): the tokens that stay. Rows are padded again to the longest, on the side they were."""
         counts = keep.sum(dim=1)  # (B,)
-        k = int(counts.max())
+        k = max(int(counts.max()), 1)  # a chunk of dropped tokens only goes on as one place of padding
         order = (~keep).long().argsort(dim=1, stable=True)  # (B, L) kept ones first, in order
         place = torch.arange(k, device=keep.device).expand(len(keep), k)  # (B, K)
         shift = (k - counts)[:, None] if pad_left else torch.zeros_like(counts)[:, None]  # (B, 1)
         real = place >= shift if pad_left else place < counts[:, None]
         index = order.gather(1, (place - shift).clamp_min(0))
-        source = (keep.long().cumsum(dim=1) - 1).clamp_min(0) + shift
+        source = ((keep.long().cumsum(dim=1) - 1).clamp_min(0) + shift).clamp_max(k - 1)
         return cls(index, real, source)
 
     @property

@@ -1,0 +1,213 @@
+"""Every way to run a compressed model gives what the bare model gives on the shortened prompt."""
+
+import copy
+
+import pytest
+import torch
+from hosts import HOSTS, IMAGE, PAD, SUPPRESS, build
+from oracle import greedy, marked_features, next_logits, shortened
+
+import vtc
+
+STEPS = 5
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": SUPPRESS}
+# prompts that hold 2, 1 and 0 images, with columns of padding
+MIXED = {"images": (2, 1, 0), "pads": 2}
+
+
+@pytest.fixture(params=HOSTS, scope="module")
+def host(request):
+    return build(request.param)
+
+
+def rows_of(model, inputs):
+    return shortened(model, inputs, marked_features(model, inputs))
+
+
+def check_against_oracle(model, inputs, **options):
+    """Greedy tokens, logits and lengths of generate() against the oracle, row by row."""
+    with vtc.compress(model, "divprune", keep=0.3):
+        rows = rows_of(model, inputs)
+        out = model.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True, output_logits=True)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :length], inputs["input_ids"])
+    for row, (x, positions, _) in enumerate(rows):
+        tokens, logits = greedy(model, x, positions, STEPS)
+        assert out.sequences[row, length:].tolist() == tokens
+        torch.testing.assert_close(
+            torch.stack([step[row] for step in out.logits]), logits, atol=1e-4, rtol=1e-4
+        )
+    return out, rows
+
+
+@pytest.mark.parametrize("batch", [{"images": (1,)}, {"images": (1, 1)}, MIXED], ids=["one", "two", "mixed"])
+def test_generate_equals_shortened_prompt(host, batch):
+    model, make_inputs = host
+    out, rows = check_against_oracle(model, make_inputs(**batch))
+    kept = max(x.shape[1] for x, _, _ in rows)
+    assert out.past_key_values.layers[0].keys.shape[2] == kept + STEPS - 1  # physically shorter
+
+
+def test_static_cache_equals_shortened_prompt(host):
+    model, make_inputs = host
+    inputs = make_inputs(**MIXED)
+    out, rows = check_against_oracle(model, inputs, cache_implementation="static")
+    allocated = out.past_key_values.layers[0].keys.shape[2]
+    assert allocated == max(x.shape[1] for x, _, _ in rows) + STEPS - 1 < inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_cache": False}, {"prefill_chunk_size": 7}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+def test_other_decoding_loops_equal_shortened_prompt(host, options):
+    model, make_inputs = host
+    check_against_oracle(model, make_inputs((1,)), **options)
+
+
+def test_beam_search_is_the_same_with_any_cache(host):
+    model, make_inputs = host
+    inputs = make_inputs(**MIXED)
+    beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    with vtc.compress(model, "divprune", keep=0.3):
+        expected = model.generate(**inputs, **beams, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **beams), expected)
+        assert torch.equal(model.generate(**inputs, **beams, cache_implementation="static"), expected)
+
+
+def test_sampling_is_the_same_with_any_cache(host):
+    model, make_inputs = host
+    inputs = make_inputs(**MIXED)
+    sampling = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "top_k": 20}
+    results = []
+    with vtc.compress(model, "divprune", keep=0.3):
+        for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+            torch.manual_seed(3)
+            results.append(model.generate(**inputs, **sampling, **cache))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_forward_keeps_its_shape_and_equals_the_oracle(host):
+    model, make_inputs = host
+    inputs = make_inputs((1, 2), pads=1)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        rows = rows_of(model, inputs)
+        out = model(**inputs, position_ids=positions)
+        last = model(**inputs, position_ids=positions, logits_to_keep=1).logits
+    assert out.logits.shape[:2] == inputs["input_ids"].shape
+    assert not out.logits.isnan().any() and not out.image_hidden_states.isnan().any()
+    torch.testing.assert_close(last, out.logits[:, -1:])
+    for row, (x, row_positions, stay) in enumerate(rows):
+        expected = next_logits(model, x, row_positions)
+        torch.testing.assert_close(out.logits[row, stay], expected, atol=1e-4, rtol=1e-4)
+        # a dropped position repeats the last kept one before it
+        dropped = inputs["attention_mask"][row].bool() & ~stay
+        before = stay.cumsum(0)[dropped] - 1
+        torch.testing.assert_close(out.logits[row, dropped], expected[before], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_and_gradient_equal_those_of_the_shortened_prompt(host, side):
+    model, make_inputs = host
+    inputs = make_inputs((2, 1), pads=2, side=side)
+    labels = inputs["input_ids"].masked_fill(
+        (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == PAD), -100
+    )
+    first = inputs["attention_mask"].long().argmax(dim=1)
+    labels[torch.arange(2), first] = -100  # left padding would be asked to predict the first token
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    weight = model.lm_head.weight
+    with vtc.compress(model, "tome", keep=0.3):
+        rows = rows_of(model, inputs)
+        loss = model(**inputs, position_ids=positions, labels=labels).loss
+        (gradient, tower) = torch.autograd.grad(loss, [weight, next(model.model.vision_tower.parameters())])
+    total, count = torch.zeros(()), 0
+    for row, (x, row_positions, stay) in enumerate(rows):
+        targets = labels[row][stay][1:]
+        hidden = model.model.language_model(inputs_embeds=x, position_ids=row_positions).last_hidden_state
+        total = total + torch.nn.functional.cross_entropy(
+            model.lm_head(hidden)[0, :-1], targets, reduction="sum"
+        )
+        count += int((targets != -100).sum())
+    expected = total / count
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, weight)[0], atol=1e-4, rtol=1e-4)
+    assert tower.isfinite().all() and tower.abs().sum() > 0
+
+
+def test_chat_goes_on_from_the_cache(host):
+    """A second turn over the returned cache equals a prompt that held both turns from the start."""
+    model, make_inputs = host
+    first, extra = make_inputs(**MIXED), torch.randint(3, 90, (3, 4))
+    with vtc.compress(model, "divprune", keep=0.3):
+        turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, extra], dim=1)
+        mask = torch.cat([first["attention_mask"], torch.ones(3, STEPS + 4, dtype=torch.long)], dim=1)
+        again = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=copy.deepcopy(turn.past_key_values), **GREEDY
+        )
+        whole = model.generate(**{**first, "input_ids": ids, "attention_mask": mask}, **GREEDY)
+    assert torch.equal(again, whole)
+
+
+def test_chat_goes_on_with_a_new_image(host):
+    model, make_inputs = host
+    first, second = make_inputs((1,)), make_inputs((1,), seed=5)
+    both = {
+        name: torch.cat([first[name], second[name]])
+        for name in first
+        if "ids" not in name and "mask" not in name
+    }
+    with vtc.compress(model, "divprune", keep=0.3):
+        turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, second["input_ids"]], dim=1)
+        mask = torch.ones_like(ids)
+        again = model.generate(
+            **{**second, "input_ids": ids, "attention_mask": mask},
+            past_key_values=turn.past_key_values,
+            **GREEDY,
+        )
+        whole = model.generate(**both, input_ids=ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(again, whole)
+
+
+def test_a_manual_decoding_loop_works(host):
+    model, make_inputs = host
+    inputs = make_inputs(**MIXED)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        expected = model.generate(**inputs, **GREEDY)
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        mask, tokens = inputs["attention_mask"], []
+        for _ in range(STEPS):
+            last = out.logits[:, -1].clone()
+            last[:, SUPPRESS] = -float("inf")
+            tokens.append(last.argmax(-1, keepdim=True))
+            mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
+            positions = positions[:, -1:] + 1
+            out = model(
+                input_ids=tokens[-1],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=out.past_key_values,
+            )
+    assert torch.equal(torch.cat(tokens, dim=1), expected[:, -STEPS:])
+
+
+def test_text_only_calls_pass_through(host):
+    model, make_inputs = host
+    inputs = make_inputs((0, 0), pads=1)
+    expected = model.generate(**inputs, **GREEDY)
+    with vtc.compress(model, "divprune", keep=0.3):
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_reused_static_cache_starts_anew(host):
+    """generate() keeps a static cache on the model and resets it: a text-only call after an image."""
+    model, make_inputs = host
+    text = make_inputs((0,))
+    expected = model.generate(**text, **GREEDY)
+    with vtc.compress(model, "divprune", keep=0.3):
+        model.generate(**make_inputs((1,)), **GREEDY, cache_implementation="static")
+        assert torch.equal(model.generate(**text, **GREEDY, cache_implementation="static"), expected)
