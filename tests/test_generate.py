@@ -211,3 +211,20 @@ def test_reused_static_cache_starts_anew(host):
     with vtc.compress(model, "divprune", keep=0.3):
         model.generate(**make_inputs((1,)), **GREEDY, cache_implementation="static")
         assert torch.equal(model.generate(**text, **GREEDY, cache_implementation="static"), expected)
+
+
+def test_a_cache_goes_when_its_user_lets_go(host):
+    """Without waiting for the garbage collector: on a GPU, caches of earlier calls would pile up."""
+    import gc
+    import weakref
+
+    model, make_inputs = host
+    gc.disable()
+    try:
+        with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+            out = model(**make_inputs((1,)), use_cache=True)
+            keys = weakref.ref(out.past_key_values.layers[0].keys)
+            del out
+        assert keys() is None
+    finally:
+        gc.enable()

@@ -107,9 +107,9 @@ def compress(
     model cannot serve; TypeError for a budget or model of the wrong type; RuntimeError for a model that is
     compressed or compiled already. The model is then as it was.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     steps = _steps(method, keep, stage, options)
-    handle = vars(model).get(_HANDLE)
+    handle = current(model)
     if handle is not None and not replace:
         raise RuntimeError(
             f"this {type(model).__name__} is compressed already ({handle.describe()}): "
@@ -127,15 +127,21 @@ def compress(
     return handle
 
 
+def current(model: nn.Module) -> Handle | None:
+    """The handle of a model that is compressed now, else None."""
+    return vars(unwrap(model)).get(_HANDLE)
+
+
 def restore(model: nn.Module) -> None:
     """Removes what `compress()` attached to a model. Raises RuntimeError if there is nothing to remove."""
-    handle = vars(_unwrap(model)).get(_HANDLE)
+    handle = current(model)
     if handle is None:
         raise RuntimeError(f"this {type(model).__name__} is not compressed, so there is nothing to restore")
     handle.remove()
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper. Raises TypeError for no model, RuntimeError for a compiled one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
     if hasattr(model, "get_base_model"):  # PEFT

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _STATE = "_vtc_state"
-_WRAPPED = ("get_seq_length", "get_query_offset", "reset")
 
 
 @dataclass
@@ -33,33 +32,37 @@ def state_of(cache: Any) -> CacheState | None:
 
 def physical_length(cache: Any) -> int:
     """How many positions the cache really holds."""
-    return 0 if cache is None else int(type(cache).get_seq_length(cache))
+    return 0 if cache is None else int(cache.get_query_offset())
 
 
 def attach(cache: Any, state: CacheState) -> None:
-    """Makes `get_seq_length` logical, for positions, while masks keep the physical offset.
+    """Makes `get_seq_length` of this one cache logical, for positions; masks keep the physical offset.
 
     transformers reads positions and the part of a prompt still to be run from `get_seq_length`, and the
-    shape of masks from `get_query_offset` and `get_mask_sizes`; so no other code has to know.
+    shape of masks from `get_query_offset` and `get_mask_sizes`; so no other code has to know. The instance
+    gets a subclass of its class, and nothing that refers back to it: a cache must go when its user lets go.
     """
     if state_of(cache) is None:
-        for name, function in zip(_WRAPPED, (_logical_length, _query_offset, _reset), strict=True):
-            setattr(cache, name, MethodType(function, cache))
+        cache.__class__ = _shortened(type(cache))
     setattr(cache, _STATE, state)
 
 
-def _logical_length(cache: Any, layer_idx: int = 0) -> int:
-    return type(cache).get_seq_length(cache, layer_idx) + getattr(cache, _STATE).removed
+@functools.cache
+def _shortened(cls: type) -> type:
+    class Shortened(cls):
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return super().get_seq_length(layer_idx) + getattr(self, _STATE).removed
 
+        def get_query_offset(self, layer_idx: int = 0) -> int:
+            return super().get_seq_length(layer_idx)
 
-def _query_offset(cache: Any, layer_idx: int = 0) -> int:
-    return type(cache).get_seq_length(cache, layer_idx)
+        def reset(self) -> None:
+            super().reset()
+            delattr(self, _STATE)
+            self.__class__ = cls
 
-
-def _reset(cache: Any) -> None:
-    for name in (*_WRAPPED, _STATE):
-        delattr(cache, name)
-    cache.reset()
+    Shortened.__name__ = f"Shortened{cls.__name__}"
+    return Shortened
 
 
 def shrink_static(cache: Any, by: int) -> None:

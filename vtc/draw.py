@@ -1,0 +1,204 @@
+"""Pictures of what a compressed model saw: kept tokens in colour, merged groups outlined, the rest faded."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .images import open_image
+from .record import Record, Tile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+LONG_SIDE = 576  # pixels of the drawn image's long side, about
+GAP = 16  # pixels between pictures
+INK, PAPER = (36, 41, 47), (255, 255, 255)
+DROPPED = -1  # in maps of slots: the token there was dropped
+OUTSIDE = -2  # in maps of slots: no token looks at these pixels
+
+
+def draw(
+    images: Image | str | Path | list,
+    handle: Any,
+    *,
+    processor: Any = None,
+    caption: bool | str = True,
+    long_side: int = LONG_SIDE,
+) -> Image:
+    """Draws the tokens of the last forward on the image, or on each of several images in a row.
+
+    images     what the processor was given: one PIL image or path for each image of the forward
+    handle     what `compress()` returned, or a `Record` or a list of them
+    processor  tells whether the model saw a centre crop; without one, an image of one tile is taken to be
+               cropped to the shape of its grid
+    caption    False for none, a text of your own, or True for method, budget and counts
+    long_side  size in pixels, rounded so that every token covers the same whole number of pixels
+    Raises ValueError where the model has not run or the numbers of images differ.
+    """
+    images = images if isinstance(images, (list, tuple)) else [images]
+    records = [handle] if isinstance(handle, Record) else getattr(handle, "last", handle)
+    if not records:
+        raise ValueError("there is nothing to draw yet: run the compressed model on the image once first")
+    if len(images) != len(records):
+        raise ValueError(
+            f"{len(images)} image(s) were given and the last forward had {len(records)}: "
+            "give each image of it, in order"
+        )
+    pairs = zip(images, records, strict=True)
+    pictures = [_picture(open_image(image), record, processor, long_side) for image, record in pairs]
+    if caption is False:
+        return _side_by_side(pictures)
+    captions = [caption if isinstance(caption, str) else _caption(handle, record) for record in records]
+    return contact_sheet(pictures, captions, len(pictures))
+
+
+def contact_sheet(images: list[Image], captions: list[str] | None = None, columns: int = 4) -> Image:
+    """Lays pictures out in rows, centred in cells of one size, under each a caption of one or more lines."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    captions = [""] * len(images) if captions is None else captions
+    if len(captions) != len(images):
+        raise ValueError(f"{len(images)} pictures need as many captions, not {len(captions)}")
+    font = ImageFont.load_default(15)
+    lines = max(len(caption.splitlines()) for caption in captions)
+    widest = max(font.getlength(line) for caption in captions for line in caption.split("\n"))
+    width = max([math.ceil(widest)] + [image.width for image in images])
+    height = max(image.height for image in images)
+    footer = 10 + 20 * lines if lines else 0
+    columns = max(1, min(columns, len(images)))
+    rows = math.ceil(len(images) / columns)
+    size = columns * (width + GAP) + GAP, rows * (height + footer + GAP) + GAP
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        row, column = divmod(i, columns)
+        left, top = GAP + column * (width + GAP), GAP + row * (height + footer + GAP)
+        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+        under = left + width // 2, top + height + 8
+        pen.multiline_text(under, caption, INK, font, anchor="ma", align="center", spacing=5)
+    return sheet
+
+
+def _caption(handle: Any, record: Record) -> str:
+    counts = f"{len(record.index)} of {len(record.source)} tokens"
+    steps = [f"{method.name}, keep {options['keep']:g}" for method, options in getattr(handle, "plan", [])]
+    return "  ·  ".join([" + ".join(steps), counts] if steps else [counts])
+
+
+def _picture(image: Image, record: Record, processor: Any, long_side: int) -> Image:
+    """One image; a tiled one with its thumbnail to the right of its tiles."""
+    tiles = record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
+    thumbnails = [tile for tile in tiles if tile.thumbnail]
+    crops = [tile for tile in tiles if not tile.thumbnail]
+    if not crops:
+        thumbnails, crops = [], thumbnails
+    if len(tiles) == 1 and _is_cropped(processor):
+        image = _centre_crop(image, crops[0].grid)
+    panels = [_panel(image, crops, record, long_side)]
+    panels += [_panel(image, [tile], record, long_side // 2) for tile in thumbnails]
+    return _side_by_side(panels)
+
+
+def _is_cropped(processor: Any) -> bool:
+    image_processor = getattr(processor, "image_processor", processor)
+    return image_processor is None or bool(getattr(image_processor, "do_center_crop", False))
+
+
+def _centre_crop(image: Image, grid: tuple[int, int]) -> Image:
+    rows, cols = grid
+    scale = min(image.width / cols, image.height / rows)
+    width, height = max(1, round(cols * scale)), max(1, round(rows * scale))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _panel(image: Image, tiles: list[Tile], record: Record, long_side: int) -> Image:
+    from PIL import Image
+
+    size = _panel_size(image, tiles[0], long_side)
+    pixels = np.asarray(image.resize(size, Image.LANCZOS), dtype=np.float32)  # (H, W, 3)
+    source = record.source.cpu().numpy()  # (N,)
+    members = np.bincount(source[source >= 0], minlength=len(record.index))  # (K,)
+    slots, lines = _maps(tiles, source, size)  # (H, W) both
+    merged = (slots >= 0) & (members[slots.clip(0)] > 1)  # (H, W)
+    pixels = np.where((slots == DROPPED)[..., None], _faded(pixels), pixels)
+    tinted = 0.25 * pixels + 0.75 * _group_means(pixels, slots, len(members))
+    pixels = np.where(merged[..., None], tinted, pixels)
+    pixels = np.where((lines & ~merged)[..., None], 0.8 * pixels + 0.2 * 255, pixels)
+    regions = np.where(merged, slots, np.where(slots >= 0, len(members), DROPPED))
+    _outline(pixels, regions)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _panel_size(image: Image, tile: Tile, long_side: int) -> tuple[int, int]:
+    """(width, height) in which the cells of the tile are whole pixels."""
+    left, top, right, bottom = tile.box
+    cells = tile.grid[1] / (right - left), tile.grid[0] / (bottom - top)  # over the whole image
+    scale = long_side / max(image.size)
+    width, height = (
+        round(n * max(2, round(side * scale / n))) for n, side in zip(cells, image.size, strict=True)
+    )
+    return width, height
+
+
+def _maps(tiles: list[Tile], source: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which slot each pixel's token went into, and where the grid lines are: (H, W) int and (H, W) bool."""
+    width, height = size
+    slots = np.full((height, width), OUTSIDE)
+    lines = np.zeros((height, width), dtype=bool)
+    for tile in tiles:
+        left, top, right, bottom = tile.box
+        rows, cols = tile.grid
+        y = np.linspace(top * height, bottom * height, rows + 1).round().astype(int)
+        x = np.linspace(left * width, right * width, cols + 1).round().astype(int)
+        cells = source[tile.slots.cpu().numpy()].reshape(rows, cols)
+        slots[y[0] : y[-1], x[0] : x[-1]] = cells.repeat(np.diff(y), axis=0).repeat(np.diff(x), axis=1)
+        lines[y[:-1], x[0] : x[-1]] = True
+        lines[y[0] : y[-1], x[:-1]] = True
+    return slots, lines
+
+
+def _faded(pixels: np.ndarray) -> np.ndarray:
+    grey = pixels @ [0.299, 0.587, 0.114]
+    return (195 + 0.17 * grey)[..., None].repeat(3, axis=2)
+
+
+def _group_means(pixels: np.ndarray, slots: np.ndarray, k: int) -> np.ndarray:
+    """The mean colour of each pixel's slot: (H, W, 3)."""
+    labels = slots.clip(-1) + 1
+    flat = labels.ravel()
+    count = np.bincount(flat, minlength=k + 1).clip(1)
+    means = [np.bincount(flat, pixels[..., c].ravel(), k + 1) / count for c in range(3)]
+    return np.stack(means, axis=1)[labels]
+
+
+def _outline(pixels: np.ndarray, regions: np.ndarray) -> None:
+    """Draws where regions (H, W) meet, in white between groups and in ink where dropped tokens begin."""
+    regions = np.pad(regions, 1, constant_values=DROPPED)  # closes the outline at the edge of the picture
+    white, ink = np.zeros(regions.shape, dtype=bool), np.zeros(regions.shape, dtype=bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        meet = regions[a] != regions[b]
+        outer = meet & (np.minimum(regions[a], regions[b]) == DROPPED)
+        for side in (a, b):
+            white[side] |= meet
+            ink[side] |= outer
+    pixels[white[1:-1, 1:-1]] = PAPER
+    pixels[ink[1:-1, 1:-1]] = INK
+
+
+def _side_by_side(panels: list[Image]) -> Image:
+    from PIL import Image
+
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    row = Image.new("RGB", (width, max(panel.height for panel in panels)), PAPER)
+    left = 0
+    for panel in panels:
+        row.paste(panel, (left, 0))
+        left += panel.width + GAP
+    return row
