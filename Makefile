@@ -17,5 +17,5 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[eval,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are so small that threads only get in each other's way
 
 
 @pytest.fixture(autouse=True)

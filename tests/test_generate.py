@@ -172,6 +172,18 @@ def test_chat_goes_on_with_a_new_image(host):
     assert torch.equal(again, whole)
 
 
+def test_flash_attention_refuses_a_new_image_behind_a_cache(host, monkeypatch):
+    """It would read the gaps between positions as borders of packed prompts, and answer wrongly."""
+    model, make_inputs = host
+    first, second = make_inputs((1,)), make_inputs((1,), seed=5)
+    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        text = model.model.language_model.config
+        monkeypatch.setattr(text, "_attn_implementation_internal", "flash_attention_2")
+        with pytest.raises(ValueError, match="load the model with attn_implementation='sdpa'"):
+            model(**{**second, "attention_mask": None}, past_key_values=cache)
+
+
 def test_a_manual_decoding_loop_works(host):
     model, make_inputs = host
     inputs = make_inputs(**MIXED)

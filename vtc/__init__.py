@@ -3,6 +3,9 @@
 __version__ = "0.1.0"
 
 from .api import Handle, compress, restore
+from .cost import profile
+from .draw import draw
+from .evaluation.sweep import sweep
 from .hosts import list_hosts
 from .method import Merge, Method, Select, get_method, list_methods, load, register, save
 from .tokens import Reduction, Tokens
@@ -15,11 +18,14 @@ __all__ = [
     "Select",
     "Tokens",
     "compress",
+    "draw",
     "get_method",
     "list_hosts",
     "list_methods",
     "load",
+    "profile",
     "register",
     "restore",
     "save",
+    "sweep",
 ]

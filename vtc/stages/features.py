@@ -181,7 +181,7 @@ def _rows(image: int, layout: Layout, keep: int | float) -> list[_Row]:
 def _by_token(extra: Tensor, patches: Tensor) -> Tensor:
     """From patches (rows, layers, N, ...) to tokens made of patches (R, n, m): (R, layers, n, ...)."""
     flat = extra.transpose(1, 2).flatten(0, 1)  # (rows * patches, layers, ...)
-    return flat[patches].mean(dim=2).transpose(1, 2)
+    return flat.to(patches.device)[patches].mean(dim=2).transpose(1, 2)
 
 
 def _assemble(feature: Tensor, layout: Layout, rows: list[_Row]) -> tuple[Tensor, Record]:

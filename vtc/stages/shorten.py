@@ -147,9 +147,10 @@ class Shortening:
     def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length, _ = x.shape
-        self._refuse_unknown(kwargs, length)
         state, past = state_of(cache) or CacheState(removed=0, length=0, mask=None), physical_length(cache)
+        self._refuse_unknown(kwargs, length, past)
         tail = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+        tail = None if tail is None else tail.to(x.device)  # a model may be spread over devices
         valid = _valid(mask, tail, past, x)  # (B, L)
         plan = call.plan = Plan.of(valid & ~dropped, pad_left=bool(valid[:, -1].all()))
         shrink_static(cache, by=length - plan.k)
@@ -174,11 +175,16 @@ class Shortening:
             "inputs_embeds": short.masked_fill(
                 ~plan.real[..., None], 0
             ),  # padding may have been a marked row
-            "position_ids": positions.expand(batch, length).gather(1, plan.index),  # (B, K)
+            "position_ids": positions.to(x.device).expand(batch, length).gather(1, plan.index),  # (B, K)
             "attention_mask": None if short_mask is None else short_mask.long(),
         }
 
-    def _refuse_unknown(self, kwargs: dict, length: int) -> None:
+    def _refuse_unknown(self, kwargs: dict, length: int, past: int) -> None:
+        if past and "flash" in (self.decoder.config._attn_implementation or ""):
+            raise ValueError(
+                "flash attention takes positions with gaps behind a cache for several packed prompts: load the "
+                "model with attn_implementation='sdpa' to add an image to a chat in progress"
+            )
         for name, value in kwargs.items():
             if name not in _HANDLED and isinstance(value, Tensor) and length in value.shape:
                 raise ValueError(

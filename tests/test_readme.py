@@ -1,0 +1,67 @@
+"""What the README shows runs as it stands there, and its generated parts are what the registries say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vtc.cli import main
+from vtc.evaluation.report import hosts_table, load_boards, methods_table, results_block
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
+
+
+def generated(name: str) -> str:
+    return README.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that looks like the repository's root and may be written to."""
+    for name in ("models", "assets", "eval"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_snippets_run_in_order(checkout):
+    python = blocks("python")
+    assert len(python) >= 4
+    script = "\n".join(python)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert "tokens kept in the last forward: 36 of 144" in done.stdout
+    assert (checkout / "kept.png").is_file()
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
+def test_commands_run(checkout, line, capsys):
+    program, *arguments = shlex.split(line)
+    assert program == "vtc"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_make_has_the_two_commands():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for line in re.findall(r"^make (\w+)", README, flags=re.M):
+        assert line in targets
+
+
+def test_generated_tables_are_up_to_date():
+    assert generated("methods") == methods_table()
+    assert generated("hosts") == hosts_table()
+    assert generated("results") == results_block(load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl"))
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

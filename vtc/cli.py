@@ -1,0 +1,246 @@
+"""The command `vtc`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import shlex
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import KEEPS, METHODS, parser
+
+if TYPE_CHECKING:
+    from .evaluation.board import Board
+    from .evaluation.gallery import Exhibit
+
+REFERENCE = Path(__file__).parents[1] / "models" / "tiny-llava"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser(COMMANDS).parse_args(arguments)
+    options.command = shlex.join(["vtc", *arguments])
+    warnings.showwarning = lambda message, *_: print(f"vtc: warning: {_one_line(message)}", file=sys.stderr)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if options.debug:
+            raise
+        print(f"vtc: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vtc: stopped; a demo or sweep goes on from here when it is started again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> None:
+    """list the methods"""
+    from .method import doc, get_method, list_methods
+
+    rows = [("method", "stages", "options", "what it does")]
+    for name in list_methods():
+        method = get_method(name)
+        shown = " ".join(f"{option}={value}" for option, value in method.to_dict()["options"].items())
+        rows.append((name, " ".join(method.stages), shown, doc(type(method))))
+    _print_columns(rows)
+
+
+def _hosts(options: argparse.Namespace) -> None:
+    """list the families of models"""
+    from .hosts import HOSTS
+
+    rows = [(host.name, " ".join(host.model_types), " ".join(host.tower_types)) for host in HOSTS]
+    _print_columns([("family", "model_type", "vision towers"), *rows])
+
+
+def _ask(options: argparse.Namespace) -> None:
+    """answer a question about an image with and without compression"""
+    from .ask import compare_answers
+
+    model, processor = _load(options.model)
+    answers = compare_answers(
+        model, processor, options.image, options.question, options.method, options.keep, **_settings(options)
+    )
+    lines = zip_longest(
+        *(textwrap.wrap(answer.text, 40) or ["(nothing)"] for answer in answers), fillvalue=""
+    )
+    rows = [("", "all tokens", _shown(options)), *(("", *line) for line in lines)]
+    rows[1] = ("answer", *rows[1][1:])
+    rows.append(("image tokens", *(str(answer.tokens) for answer in answers)))
+    rows.append(("seconds", *(f"{answer.seconds:.4f}" for answer in answers)))
+    _print_columns(rows)
+
+
+def _draw(options: argparse.Namespace) -> None:
+    """draw the kept tokens on an image"""
+    from .ask import ask
+    from .draw import draw
+    from .images import open_image
+
+    image = open_image(options.image)
+    model, processor = _load(options.model)
+    how = {"method": options.method, "keep": options.keep, **_settings(options)}
+    record = ask(model, processor, image, options.question, max_new_tokens=1, **how).record
+    caption = f"{_shown(options)}  ·  {len(record.index)} of {len(record.source)} tokens"
+    output = options.output or f"{Path(options.image).stem}-{options.method}.png"
+    draw(image, record, processor=processor, caption=caption).save(output)
+    print(output)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    """measure a prefill with and without compression"""
+    from .api import compress
+    from .cost import profile
+    from .evaluation.prompts import encode, place
+    from .images import open_image
+
+    image = open_image(options.image)
+    model, processor = _load(options.model)
+    inputs = place(encode(processor, [options.question], [image]), model)
+    full = profile(model, inputs)
+    with compress(model, options.method, keep=options.keep, **_settings(options)):
+        compressed = profile(model, inputs)
+    full.pop("plan")
+    rows = [(name, _figure(value), _figure(compressed[name])) for name, value in full.items()]
+    _print_columns([("", "all tokens", _shown(options)), *rows])
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    """measure methods at several budgets; goes on where it was stopped"""
+    from .evaluation.board import boards
+    from .evaluation.sweep import sweep
+
+    model, processor = _load(options.model)
+    rows = sweep(
+        model, processor, options.methods, options.keeps, options.tasks, n=options.questions,
+        split=options.split, seeds=options.seeds, output=options.output, batch_size=options.batch_size,
+        command=options.command,
+    )  # fmt: skip
+    _print_boards(boards(rows))
+    print(options.output)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    """measure six methods at five budgets on the reference model and write a report"""
+    import torch
+
+    from .evaluation.board import boards
+    from .evaluation.report import write_report
+    from .evaluation.sweep import sweep
+
+    # So small a model gains little from threads, and is many times slower where they fight for busy cores.
+    torch.set_num_threads(1)
+    model, processor = _load(None)
+    output = options.out / "results.jsonl"
+    rows = sweep(
+        model, processor, METHODS, KEEPS, n=options.questions, output=output, command=options.command
+    )
+    found = boards(rows)
+    _print_boards(found)
+    page = write_report(found, options.out, _exhibits(found, model, processor, options.pictures))
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+    print(page)
+
+
+def _report(options: argparse.Namespace) -> None:
+    """write tables, plots and a page from results, or fill in a README"""
+    from .evaluation.report import load_boards, update_readme, write_report
+
+    found = load_boards(options.results)
+    if options.readme:
+        print(f"{options.readme}: {', '.join(update_readme(options.readme, found))}")
+    if options.out or not options.readme:
+        exhibits = None
+        if options.pictures:
+            name = options.model or found[0].model.split("@")[0]
+            exhibits = _exhibits(found, *_load(None if name == REFERENCE.name else name), options.pictures)
+        print(write_report(found, options.out or "vtc-report", exhibits))
+
+
+def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[list[Exhibit]]:
+    from .evaluation.gallery import gallery
+    from .evaluation.sweep import identify
+    from .evaluation.tasks import load_task
+
+    others = {board.model for board in found} - {identify(model)}
+    if others:
+        warnings.warn(f"the pictures are of {identify(model)}, not of {', '.join(others)}", stacklevel=2)
+    tasks = [load_task(board.task, split=board.split or "test") for board in found]
+    return [gallery(model, processor, task, board.runs, n) for task, board in zip(tasks, found, strict=True)]
+
+
+def _load(name: str | None) -> tuple[Any, Any]:
+    from transformers.utils import logging
+
+    from .ask import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if name is None and not (REFERENCE / "config.json").is_file():
+        raise ValueError(
+            "the reference model is not here; the source checkout of vtc has it in models/tiny-llava: "
+            "give --model a folder or a name on the Hugging Face Hub"
+        )
+    return load_model(name or REFERENCE)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The method's options given as --set name=value."""
+    settings = {}
+    for setting in options.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, not {setting!r}")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            settings[name] = value
+    return settings
+
+
+def _shown(options: argparse.Namespace) -> str:
+    return " ".join([f"{options.method}, keep {options.keep:g}", *options.set])
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_figure(part)}" for name, part in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_boards(found: list[Board]) -> None:
+    from .evaluation.tables import accuracies, bounds, budget, legend
+
+    for board in found:
+        heading = [f"{board.task}, accuracy in %", *(budget(board, keep) for keep in board.keeps)]
+        _print_columns([heading, *accuracies(board)])
+        print(f"{legend(board)} {bounds(board)}\n")
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.filename:
+        return f"{message.filename}: {message.strerror.lower()}"
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+COMMANDS = {
+    "methods": _methods, "hosts": _hosts, "ask": _ask, "draw": _draw, "profile": _profile, "demo": _demo,
+    "sweep": _sweep, "report": _report,
+}  # fmt: skip

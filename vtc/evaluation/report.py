@@ -1,0 +1,127 @@
+"""From rows of results to files: Markdown tables, pictures and one HTML page, and the tables of a README."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from ..hosts import HOSTS
+from ..method import doc, get_method, list_methods
+from . import tables
+from .board import Board, boards
+from .gallery import Exhibit
+from .plot import plot_accuracy, plot_kinds
+from .report_html import page
+from .results import read_rows
+
+
+def load_boards(path: str | Path) -> list[Board]:
+    """The boards of a file of results. Raises OSError if it is not there, ValueError if it holds none."""
+    found = boards(read_rows(path)[0])
+    if not found:
+        raise ValueError(f"{path} holds no results: run `vtc sweep` or `vtc demo` first")
+    return found
+
+
+def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibit]] | None = None) -> Path:
+    """Writes index.html, report.md and the PNG files into the folder `out`; returns the page's path.
+
+    exhibits  for each board what `gallery()` made; without, the page has no pictures of kept tokens
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = []
+    for i, board in enumerate(found):
+        end = "" if len(found) == 1 else f"-{i + 1}"
+        pictures = {"accuracy": plot_accuracy} if board.cells else {}
+        if board.cells and board.kinds:
+            pictures["kinds"] = plot_kinds
+        for name, plot in pictures.items():
+            plot(board, out / f"{name}{end}.png")
+        text.append(_markdown(board, [f"![{name}]({name}{end}.png)" for name in pictures]))
+    (out / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    path = out / "index.html"
+    made = "<br>".join(source(board, html=True) for board in found)
+    path.write_text(page(found, exhibits or [[] for _ in found], made), encoding="utf-8")
+    return path
+
+
+def update_readme(path: str | Path, found: list[Board]) -> list[str]:
+    """Fills the parts of a Markdown file that are marked `<!-- NAME:begin -->` to `<!-- NAME:end -->`.
+
+    NAME is results, methods or hosts; returns those that were found. Raises ValueError if there is none or
+    one has no end.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    filled = []
+    blocks = {"results": lambda: results_block(found), "methods": methods_table, "hosts": hosts_table}
+    for name, make in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, found_begin, rest = text.partition(begin)
+        if not found_begin:
+            continue
+        _, found_end, tail = rest.partition(end)
+        if not found_end:
+            raise ValueError(f"{path} has {begin} and no {end} behind it")
+        text = f"{head}{begin}\n{make()}\n{end}{tail}"
+        filled.append(name)
+    if not filled:
+        raise ValueError(
+            f"{path} has no part to fill: mark one by <!-- results:begin --> .. <!-- results:end -->"
+        )
+    Path(path).write_text(text, encoding="utf-8")
+    return filled
+
+
+def results_block(found: list[Board]) -> str:
+    """The accuracy table of each board with what it means and how it was made."""
+    return "\n\n".join(
+        f"{tables.accuracy_table(board)}\n\n{tables.legend(board)} {tables.bounds(board)}\n\n{source(board)}"
+        for board in found
+    )
+
+
+def methods_table() -> str:
+    """All methods of the registry."""
+    rows = [["method", "stage", "what it does", "source"]]
+    for name in list_methods():
+        cls = type(get_method(name))
+        rows.append([f"`{name}`", ", ".join(cls.stages), doc(cls).rstrip("."), _link(cls.paper)])
+    return tables.markdown(rows, "llll")
+
+
+def hosts_table() -> str:
+    """All families of models that `compress()` knows."""
+    rows = [["family", "`model_type`", "vision towers"]]
+    rows += [[h.name, ", ".join(f"`{t}`" for t in h.model_types), ", ".join(h.tower_types)] for h in HOSTS]
+    return tables.markdown(rows, "lll")
+
+
+def source(board: Board, html: bool = False) -> str:
+    """By which command, commit and versions the board's rows were made, and when."""
+    newest = max(board.rows, key=lambda row: row["date"])
+    commands = dict.fromkeys(row["command"] for row in board.rows)
+    code = "<code>{}</code>" if html else "`{}`"
+    made = " and ".join(code.format(escape(command) if html else command) for command in commands)
+    versions = newest["versions"]
+    commit = f" at commit {versions['commit'][:10]}" if versions["commit"] else ""
+    tools = f"vtc {versions['vtc']}, torch {versions['torch']}, transformers {versions['transformers']}"
+    device = versions["gpu"] or versions["cpu"]
+    return f"Made by {made}{commit} on {newest['date'][:10]} with {tools} on {device}; model {board.model}."
+
+
+def _markdown(board: Board, pictures: list[str]) -> str:
+    parts = [f"# {board.model.split('@')[0]} on {board.task}", *pictures]
+    if board.cells:
+        parts += [tables.accuracy_table(board), tables.legend(board)]
+    parts.append(tables.bounds(board))
+    for keep in board.keeps if board.kinds else []:
+        parts += [f"## By kind of question: {tables.budget(board, keep)}", tables.kinds_table(board, keep)]
+    parts += ["## Costs", tables.costs_table(board)]
+    failed = board.errors + board.item_errors
+    parts += ["## Not measured", "\n".join(f"- {line}" for line in failed)] if failed else []
+    return "\n\n".join([*parts, source(board)])
+
+
+def _link(paper: str) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{paper[6:]})" if paper.startswith("arXiv:") else paper

@@ -1,0 +1,108 @@
+"""One run: a model, a method and a budget on one task, measured and returned as one row."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import Handle, compress
+from ..cost import profile, versions
+from .prompts import Batch, Batches, encode, place
+
+FULL, BLIND = "full", "blind"  # in the place of a method's name: all tokens; the question without its image
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run: `method` is the name of a method, FULL or BLIND; `options` are the method's."""
+
+    method: str
+    keep: float | int = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not is_method(self.method):
+            return self.method
+        return f"{label(self.method, self.options)} keep={self.keep}"
+
+
+@dataclass
+class Tally:
+    """What the answers came to."""
+
+    right: Counter = field(default_factory=Counter)  # by kind
+    asked: Counter = field(default_factory=Counter)
+    tokens: int = 0  # image tokens that entered the language model, all items together
+    errors: list[dict[str, str]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Accuracies are fractions of the items that could be asked; the others are listed in `errors`."""
+        items = self.asked.total()
+        return {
+            "accuracy": self.right.total() / items,
+            "kinds": {k: {"accuracy": self.right[k] / n, "items": n} for k, n in sorted(self.asked.items())},
+            "items": items,
+            "errors": self.errors,
+            "tokens": self.tokens / items,
+        }
+
+
+def is_method(name: str) -> bool:
+    return name not in (FULL, BLIND)
+
+
+def label(method: str, options: dict[str, Any]) -> str:
+    """The name that tables and legends give to a method with options; seeds are not named."""
+    shown = ", ".join(f"{name}={value}" for name, value in sorted(options.items()) if name != "seed")
+    return f"{method} ({shown})" if shown else method
+
+
+def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) -> dict[str, Any]:
+    """Asks every item, then profiles the first one. Raises ValueError where no item can be asked.
+
+    Accuracy is the share of greedy answers that equal the expected one after `tasks.normalise`. `tokens` is
+    the mean over all images, `cost` what `vtc.profile` says of the first one; None where the model is blind.
+    """
+    start, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    attached = nullcontext()
+    if is_method(setting.method):
+        attached = compress(model, setting.method, keep=setting.keep, **setting.options)
+    blind = setting.method == BLIND
+    first = batches.first()
+    with attached as handle:
+        tally = _ask(model, batches, handle, blind)
+        cost = None if blind else profile(model, place(first.inputs, model), repeats)
+    seconds = round(time.perf_counter() - start, 3)
+    made = {"seconds": seconds, "date": date, "threads": torch.get_num_threads(), "versions": versions()}
+    return {**tally.row(), "cost": cost, **made}
+
+
+def _ask(model: nn.Module, batches: Batches, handle: Handle | None, blind: bool) -> Tally:
+    tally, length = Tally(), batches.answer_length()
+    for batch in batches:
+        tally.errors += batch.errors
+        if batch.items:
+            inputs = _inputs(model, batches.processor, batch, blind)
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+            new = output[:, inputs["input_ids"].shape[1] :]  # (items, length)
+            answers = batches.processor.batch_decode(new, skip_special_tokens=True)
+            for item, answer in zip(batch.items, answers, strict=True):
+                tally.asked[item.kind] += 1
+                tally.right[item.kind] += item.matches(answer)
+            if handle is not None:
+                tally.tokens += sum(record.entering["decoder"] for record in handle.last)
+            else:
+                tally.tokens += int((inputs["input_ids"] == batches.processor.image_token_id).sum())
+    return tally
+
+
+def _inputs(model: nn.Module, processor, batch: Batch, blind: bool) -> dict[str, Tensor]:
+    inputs = encode(processor, [item.question for item in batch.items], None) if blind else batch.inputs
+    return place(inputs, model)

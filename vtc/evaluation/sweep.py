@@ -1,0 +1,136 @@
+"""Model x methods x budgets x tasks: one row each, in a file that a killed sweep continues from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..api import compress
+from ..method import get_method
+from ..tokens import check_keep
+from .prompts import Batches
+from .results import Results, Row
+from .runner import BLIND, FULL, Setting, is_method, run
+from .tasks import Task, load_task
+
+MethodSpec = str | tuple[str, dict[str, Any]]
+
+
+def sweep(
+    model: nn.Module,
+    processor,
+    methods: MethodSpec | Iterable[MethodSpec],
+    keeps: float | int | Iterable[float | int],
+    tasks: str | Task | Iterable[str | Task] = "scenes",
+    *,
+    n: int | None = None,
+    split: str = "test",
+    seeds: Iterable[int] = (0,),
+    output: str | Path = "results.jsonl",
+    batch_size: int = 64,
+    repeats: int = 3,
+    command: str | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """Runs what `output` does not hold yet and returns the rows of the whole sweep, each a line of the file.
+
+    methods   names, or (name, options) pairs; one with an option `seed` is run once per seed
+    keeps     budgets as in `compress()`
+    tasks     "scenes", "jsonl:PATH" or a `Task`; n and split are for the names
+    command   what the rows say they were made by; None: the command line of this process
+
+    Every task is also run once with all tokens ("full") and once without the image ("blind"). A run that
+    fails is a row with an `error`, is warned of, and is tried again by the next sweep into the same file.
+    Raises ValueError for an unknown method, option, budget, task or model, RuntimeError for a model that is
+    compressed already, before anything is run.
+    """
+    settings = list(_settings(_many(methods), _many(keeps), _many(seeds)))
+    tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in _many(tasks)]
+    compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
+    identity = identify(model)
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    planned = {run_key(identity, task, setting): (task, setting) for task in tasks for setting in settings}
+    with Results(output) as results:
+        missing = {key: run for key, run in planned.items() if not _done(results.rows.get(key))}
+        with _bar(len(missing), progress) as bar:
+            batches = None
+            for key, (task, setting) in missing.items():
+                bar.set_postfix_str(f"{task.name}: {setting}")
+                if batches is None or batches.task is not task:
+                    batches = Batches(processor, task, batch_size)
+                row = _describe(key, identity, task, setting, command)
+                results.append(row | _attempt(model, batches, setting, repeats))
+                bar.update()
+        return [results.rows[key] for key in planned]
+
+
+def identify(model: nn.Module) -> str:
+    """The model's name and a digest of its weights: retrained weights under an old name are another model."""
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    if Path(name).is_dir():
+        name = Path(name).resolve().name
+    digest = hashlib.sha256()
+    for path, weight in model.state_dict().items():
+        # A few numbers of each tensor: reading all of a large model would take longer than a run.
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 16)].float().cpu()
+        digest.update(path.encode() + sample.numpy().tobytes())
+    return f"{name}@{digest.hexdigest()[:8]}"
+
+
+def run_key(identity: str, task: Task, setting: Setting) -> str:
+    """Names a run; the same wherever and whenever it is run."""
+    what = [identity, task.name, task.split, len(task.items), task.fingerprint]
+    how = [setting.method, setting.options, setting.keep]
+    return hashlib.sha256(json.dumps([*what, *how], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _many(values: Any) -> list:
+    return [values] if isinstance(values, (str, int, float, Task)) else list(values)
+
+
+def _done(row: Row | None) -> bool:
+    return row is not None and "error" not in row
+
+
+def _settings(methods: list[MethodSpec], keeps: list[float | int], seeds: list[int]) -> Iterator[Setting]:
+    yield Setting(FULL)
+    yield Setting(BLIND)
+    for keep in map(check_keep, keeps):
+        for spec in methods:
+            name, options = (spec, {}) if isinstance(spec, str) else spec
+            fields = {field.name for field in dataclasses.fields(get_method(name, **options))}
+            seeded = "seed" in fields and "seed" not in options
+            for seed in seeds if seeded else (None,):
+                yield Setting(name, keep, options if seed is None else {**options, "seed": seed})
+
+
+def _describe(key: str, identity: str, task: Task, setting: Setting, command: str) -> Row:
+    return {
+        "key": key, "model": identity, "task": task.name, "split": task.split, "n": len(task.items),
+        "method": setting.method, "options": setting.options, "seed": setting.options.get("seed"),
+        "keep": setting.keep if is_method(setting.method) else None, "command": command,
+    }  # fmt: skip
+
+
+def _attempt(model: nn.Module, batches: Batches, setting: Setting, repeats: int) -> Row:
+    try:
+        return run(model, batches, setting, repeats)
+    except Exception as error:  # whatever a method does wrong, the other runs go on
+        message = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the run of {setting} on {batches.task.name} failed: {message}", stacklevel=3)
+        return {"error": message}
+
+
+def _bar(total: int, progress: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=None if progress else True, unit="run", desc="sweep")
