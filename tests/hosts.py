@@ -104,6 +104,7 @@ def llava_next(tower: dict, **config) -> tuple[nn.Module, MakeInputs]:
 
 HOSTS = {
     "llava-clip": lambda: llava(CLIP),
+    "llava-clip-full": lambda: llava(CLIP, vision_feature_select_strategy="full"),  # CLS is a token, too
     "llava-siglip": lambda: llava(SIGLIP, vision_feature_layer=-1, vision_feature_select_strategy="full"),
     "llava_next-clip": lambda: llava_next(CLIP),
     "llava_next-siglip": lambda: llava_next(

@@ -185,8 +185,7 @@ def check_downsample(model, inputs):
     with torch.no_grad():
         hidden = model.model.vision_tower(small, output_hidden_states=True, interpolate_pos_encoding=True)
         hidden = hidden.hidden_states[config.vision_feature_layer]
-        if config.vision_feature_select_strategy == "default":
-            hidden = hidden[:, 1:]
+        hidden = hidden[:, hidden.shape[1] - 4 :]  # without CLS
         low = model.model.multi_modal_projector(hidden).flatten(0, 1)
         with vtc.compress(model, "downsample", keep=0.25):
             marked = marked_features(model, inputs)

@@ -47,7 +47,7 @@ class Handle:
 
     @property
     def last(self) -> list[Record]:
-        """One record per image of the last forward, in the order the images were given."""
+        """One record per image of the last forward that had images, in the order they were given."""
         return self._stages[-1].last
 
     @property

@@ -35,6 +35,7 @@ def physical_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_query_offset())
 
 
+@torch.compiler.disable
 def attach(cache: Any, state: CacheState) -> None:
     """Makes `get_seq_length` of this one cache logical, for positions; masks keep the physical offset.
 
