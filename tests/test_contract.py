@@ -240,6 +240,15 @@ def test_handle_is_switch_budget_and_record(hosts):
     handle.remove()  # a second time does no harm
 
 
+def test_every_picture_draws_its_own_lot(hosts):
+    for name in ("llava-clip", "llava_next-clip"):
+        model, make_inputs = hosts[name]
+        with vtc.compress(model, "random", keep=0.3) as handle, torch.no_grad():
+            model(**make_inputs((2, 2)))
+            thumbnails = [record.source[record.tiles[0].slots] >= 0 for record in handle.last]
+            assert len({tuple(kept.tolist()) for kept in thumbnails}) == 4
+
+
 def test_a_plan_survives_json(hosts, tmp_path):
     model, make_inputs = hosts["llava-clip"]
     inputs = make_inputs((1,))

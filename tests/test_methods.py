@@ -185,6 +185,9 @@ def test_random_is_seeded_and_unbiased():
     for seed in range(400):
         counts[vtc.get_method("random", seed=seed).reduce(t, 12).index[0]] += 1
     assert counts.min() > 60 and counts.max() < 140  # expected 100, standard deviation 9
+    t.lot = torch.tensor([5, 6, 5])
+    index = vtc.get_method("random").reduce(t, 10).index
+    assert torch.equal(index[0], index[2]) and not torch.equal(index[0], index[1])
 
 
 @pytest.mark.parametrize("method", vtc.list_methods())

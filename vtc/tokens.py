@@ -22,6 +22,8 @@ class Tokens:
     size       (B, N)     how many patches each token stands for
     group      (B,)       which image of the batch the row belongs to
     thumbnail  (B,)       True where the row is the whole-image view of a tiled image
+    lot        (B,)       a number that the picture alone decides, for rules that draw at random: the same
+                          picture draws the same lot in any batch
     extras     what the method declared in `needs`, read as attributes: `tokens.cls_attention`
     """
 
@@ -30,6 +32,7 @@ class Tokens:
     size: Tensor | None = None
     group: Tensor | None = None
     thumbnail: Tensor | None = None
+    lot: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -40,6 +43,8 @@ class Tokens:
             self.group = torch.arange(rows, device=device)
         if self.thumbnail is None:
             self.thumbnail = torch.zeros(rows, dtype=torch.bool, device=device)
+        if self.lot is None:
+            self.lot = torch.zeros(rows, dtype=torch.long, device=device)
 
     @property
     def n(self) -> int:

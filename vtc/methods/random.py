@@ -12,10 +12,9 @@ from ..tokens import Tokens
 @register
 @dataclass
 class Random(Select):
-    """Keeps a random subset of the positions, drawn from a seed.
+    """Keeps a random subset, another one for every picture and every seed.
 
-    Every row of the same grid gets the same subset, so that a batch gives what single runs give; vary the
-    seed to average over subsets.
+    The same picture always gets the same subset under the same seed, in any batch.
     """
 
     name = "random"
@@ -23,5 +22,8 @@ class Random(Select):
     seed: int = 0
 
     def score(self, tokens: Tokens) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(tokens.n, generator=generator).to(tokens.x.device).expand(len(tokens.x), -1)
+        rows = []
+        for lot in tokens.lot.tolist():
+            generator = torch.Generator().manual_seed((lot * 1_000_003 + self.seed) % (1 << 63))
+            rows.append(torch.rand(tokens.n, generator=generator))
+        return torch.stack(rows).to(tokens.x.device)  # (B, N)

@@ -182,8 +182,8 @@ class Shortening:
     def _refuse_unknown(self, kwargs: dict, length: int, past: int) -> None:
         if past and "flash" in (self.decoder.config._attn_implementation or ""):
             raise ValueError(
-                "flash attention takes positions with gaps behind a cache for several packed prompts: load the "
-                "model with attn_implementation='sdpa' to add an image to a chat in progress"
+                "flash attention takes positions with gaps behind a cache for several packed prompts: load "
+                "the model with attn_implementation='sdpa' to add an image to a chat in progress"
             )
         for name, value in kwargs.items():
             if name not in _HANDLED and isinstance(value, Tensor) and length in value.shape:
