@@ -1,4 +1,4 @@
-"""The pictures of the README, from the reference model: assets/scene.png and assets/kept.png.
+"""The pictures of the README: a scene, its kept tokens, and the curves of the results.
 
 Run from the repository's root: python eval/pictures.py
 """
@@ -7,10 +7,13 @@ from pathlib import Path
 
 from vtc.ask import ask, load_model
 from vtc.draw import contact_sheet, draw
+from vtc.evaluation.plot import plot_accuracy
+from vtc.evaluation.report import load_boards
 from vtc.evaluation.scenes import scene
 
-MODEL, INDEX, METHOD, KEEP = "models/tiny-llava", 4, "vtc-cls", 0.11
-QUESTION = "where is the red ring relative to the red circle ?"
+MODEL, INDEX, METHOD, KEEP = "models/tiny-llava", 126, "vtc-cls", 0.11
+RESULTS = "eval/results/tiny-llava-scenes.jsonl"
+QUESTION = "what colour is the circle ?"
 
 
 def main() -> None:
@@ -23,6 +26,7 @@ def main() -> None:
     panels = [draw(image, answer.record, processor=processor, caption=False) for answer in (every, kept)]
     captions = [f"{answer.tokens} tokens: “{answer.text}”" for answer in (every, kept)]
     contact_sheet(panels, captions, columns=2).save(assets / "kept.png")
+    plot_accuracy(load_boards(RESULTS)[0], assets / "accuracy.png")
 
 
 if __name__ == "__main__":
