@@ -95,6 +95,7 @@ def test_row_holds_the_lengths_of_the_last_forward():
     with vtc.compress(model, "vtc-cls", keep=0.25) as handle:
         row = profile(model, inputs, repeats=2)
         assert handle.last and row["compressor_seconds"] > 0
+        assert handle.keep == 0.25  # profile() runs all tokens in between
     text = inputs["input_ids"].shape[1] - 16
     assert (row["images"], row["rows"]) == (2, 2)
     assert (row["image_tokens"], row["encoder_tokens"], row["llm_tokens"]) == (16, 17, 4)
@@ -105,6 +106,8 @@ def test_row_holds_the_lengths_of_the_last_forward():
     ]
     assert (row["dtype"], row["attention"]) == ("float32", "sdpa")
     assert row["first_token_seconds"] > row["compressor_seconds"]
+    assert row["first_token_ratio"] == row["first_token_seconds"] / row["full_seconds"] > 0
+    assert row["compressor_share"] == pytest.approx(row["compressor_seconds"] / row["first_token_seconds"])
     assert json.loads(json.dumps(row)) == row
 
 

@@ -36,7 +36,10 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     tflops, tflops_total   by formula: encoder, projector, decoder, head (see `flops`), in 10^12 operations
     kv_bytes               size of the KV cache after the prefill, counted from its tensors
     first_token_seconds    median time of a prefill up to the first token
-    compressor_seconds     median of the compressor's own share of it, on the host's clock
+    full_seconds           the same with all tokens, each measured in turn with the other
+    first_token_ratio      their quotient, which a busy machine hardly disturbs
+    compressor_seconds     median time of the compressor itself, on the host's clock
+    compressor_share       the same as a part of first_token_seconds
     peak_memory_bytes      what peak_memory says, in bytes; None where the system does not tell
     Raises ValueError without an image, and for models whose FLOPs are not understood.
     """
@@ -52,10 +55,13 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     kv_bytes = sum(tensor.nbytes for pair in cache for tensor in pair)
     del cache  # it is no part of the next call's peak
     peak, peak_kind = _peak_memory(vision.decoder.device, call)
-    times, spent = [], []
+    times, full, spent = [], [], []
     for _ in range(repeats):
-        times.append(_seconds(call))
+        with _all_tokens(handle):
+            full.append(_seconds(call))
+        times.append(_seconds(call) if handle else full[-1])
         spent.append(handle.spent if handle else 0.0)
+    seconds, full_seconds = statistics.median(times), statistics.median(full)
     operations = flops(model, vision, lengths)
     images = len(records)
     return {
@@ -71,8 +77,11 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
         "tflops": {part: count / 1e12 for part, count in operations.items()},
         "tflops_total": sum(operations.values()) / 1e12,
         "kv_bytes": kv_bytes,
-        "first_token_seconds": statistics.median(times),
+        "first_token_seconds": seconds,
+        "full_seconds": full_seconds,
+        "first_token_ratio": seconds / full_seconds,
         "compressor_seconds": statistics.median(spent),
+        "compressor_share": statistics.median(spent) / seconds,
         "repeats": repeats,
         "peak_memory_bytes": peak,
         "peak_memory": peak_kind,
@@ -133,6 +142,20 @@ def _recording(model: nn.Module, handle: Handle | None) -> Iterator[Handle]:
     else:
         with compress(model, "uniform", keep=1.0) as whole:
             yield whole
+
+
+@contextmanager
+def _all_tokens(handle: Handle | None) -> Iterator[None]:
+    """Every stage keeps everything for a while, which costs what the bare model costs."""
+    if handle is None:
+        yield
+        return
+    budgets = {step["stage"]: step["keep"] for _, step in handle.plan}
+    handle.keep = dict.fromkeys(budgets, 1.0)
+    try:
+        yield
+    finally:
+        handle.keep = budgets
 
 
 @contextmanager

@@ -32,8 +32,8 @@ COSTS = (
     Cost("tokens per layer, with text", "decoder_tokens"),
     Cost("prefill GFLOPs", "tflops_total", 1e-3, 2),
     Cost("KV cache, KiB", "kv_bytes", 1024),
-    Cost("first token, ms", "first_token_seconds", 1e-3, 1),
-    Cost("of it vtc, ms", "compressor_seconds", 1e-3, 1),
+    Cost("time to first token, %", "first_token_ratio", 1e-2),
+    Cost("of it vtc, %", "compressor_share", 1e-2, 1),
     Cost("peak memory, MiB", "peak_memory_bytes", 2**20, 1),
 )
 
