@@ -92,6 +92,13 @@ def test_layers_resolve_as_in_the_cards(layers, depth, expected):
     assert Need("keys", layers).resolve(depth) == expected
 
 
+def test_keeping_everything_scores_nothing(monkeypatch):
+    model, make_inputs = build("llava-clip")
+    monkeypatch.setitem(vtc.capture._COMPUTE, "mean_attention", None)  # calling it would raise
+    with vtc.compress(model, "hiprune", keep=1.0), torch.no_grad():
+        model(**make_inputs((1, 1)))
+
+
 def test_gradient_checkpointing_does_not_record_twice():
     model, make_inputs = build("llava-clip")
     model.train()

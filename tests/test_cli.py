@@ -84,7 +84,9 @@ def test_sweep_and_report_on_ones_own_questions(run, tmp_path):
         "sweep", "--tasks", task, "--methods", "uniform", "--keeps", "8", "0.5", "--output", "r.jsonl"
     )
     assert code == 0 and "8 tokens" in out and "50 %, 72 tokens" in out and out.splitlines()[-1] == "r.jsonl"
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    beside = ["uniform", "random", "downsample"]  # the baselines come by themselves
+    assert [row["method"] for row in rows] == ["full", "blind", *beside, *beside]
     assert run("report", "r.jsonl", "--pictures", "1")[:2] == (0, "vtc-report/index.html\n")
     assert "data:image/webp" in (tmp_path / "vtc-report" / "index.html").read_text()
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->")
@@ -138,3 +140,9 @@ def test_a_wrong_command_line_exits_with_2(run, arguments):
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 2
+
+
+def test_a_missing_plotting_library_is_said_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    code, _, error = run("demo")
+    assert code == 2 and "vision-token-compression[eval]" in error

@@ -24,7 +24,8 @@ KILLED = """
 import sys
 from small import small_model, small_processor
 from vtc.evaluation.sweep import sweep
-sweep(small_model(), small_processor(), {methods}, {keeps}, [sys.argv[1]], output=sys.argv[2], repeats=1)
+task, output = sys.argv[1:]
+sweep(small_model(), small_processor(), {methods}, {keeps}, [task], output=output, repeats=1, baselines=())
 """
 
 
@@ -34,7 +35,7 @@ def task(tmp_path_factory):
 
 
 def run(task, output, methods=METHODS, keeps=KEEPS, model=None, **options):
-    options = {"repeats": 1, "progress": False, "command": "test", **options}
+    options = {"repeats": 1, "progress": False, "command": "test", "baselines": (), **options}
     model = model or small_model()
     return sweep(model, small_processor(), methods, keeps, [f"jsonl:{task}"], output=output, **options)
 
@@ -206,3 +207,8 @@ def test_scenes_are_a_task():
 def test_answers_match_without_case_punctuation_and_spaces():
     assert normalise(" Top  Left.\n") == normalise("top left") != normalise("top right")
     assert normalise("1") != normalise("10")
+
+
+def test_baselines_run_beside_the_methods(task, tmp_path):
+    rows = run(task, tmp_path / "r.jsonl", ["tome"], [0.5], baselines=("random", "tome"))
+    assert [row["method"] for row in rows] == ["full", "blind", "tome", "random"]

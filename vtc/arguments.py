@@ -35,6 +35,9 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 def _sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    command.add_argument(
+        "--baselines", nargs="*", default=["random", "downsample"], metavar="METHOD", help="run beside them"
+    )
     command.add_argument("--keeps", nargs="+", type=_budget, default=list(KEEPS), metavar="KEEP")
     command.add_argument(
         "--tasks", nargs="+", default=["scenes"], metavar="TASK", help="scenes or jsonl:PATH"

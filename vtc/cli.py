@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def _sweep(options: argparse.Namespace) -> None:
     rows = sweep(
         model, processor, options.methods, options.keeps, options.tasks, n=options.questions,
         split=options.split, seeds=options.seeds, output=options.output, batch_size=options.batch_size,
-        command=options.command,
+        baselines=options.baselines, command=options.command,
     )  # fmt: skip
     _print_boards(boards(rows))
     print(options.output)
@@ -138,10 +139,18 @@ def _demo(options: argparse.Namespace) -> None:
 
     # So small a model gains little from threads, and is many times slower where they fight for busy cores.
     torch.set_num_threads(1)
+    _check_plots()
     model, processor = _load(None)
     output = options.out / "results.jsonl"
     rows = sweep(
-        model, processor, METHODS, KEEPS, n=options.questions, output=output, command=options.command
+        model,
+        processor,
+        METHODS,
+        KEEPS,
+        n=options.questions,
+        baselines=(),
+        output=output,
+        command=options.command,
     )
     found = boards(rows)
     _print_boards(found)
@@ -157,6 +166,7 @@ def _report(options: argparse.Namespace) -> None:
     """write tables, plots and a page from results, or fill in a README"""
     from .evaluation.report import load_boards, update_readme, write_report
 
+    _check_plots()
     found = load_boards(options.results)
     if options.readme:
         print(f"{options.readme}: {', '.join(update_readme(options.readme, found))}")
@@ -166,6 +176,12 @@ def _report(options: argparse.Namespace) -> None:
             name = options.model or found[0].model.split("@")[0]
             exhibits = _exhibits(found, *_load(None if name == REFERENCE.name else name), options.pictures)
         print(write_report(found, options.out or "vtc-report", exhibits))
+
+
+def _check_plots() -> None:
+    """Says so before the work rather than after it."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib: pip install 'vision-token-compression[eval]'")
 
 
 def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[list[Exhibit]]:

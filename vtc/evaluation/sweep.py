@@ -35,6 +35,7 @@ def sweep(
     n: int | None = None,
     split: str = "test",
     seeds: Iterable[int] = (0,),
+    baselines: Iterable[str] = ("random", "downsample"),
     output: str | Path = "results.jsonl",
     batch_size: int = 64,
     repeats: int = 3,
@@ -45,6 +46,7 @@ def sweep(
 
     methods   names, or (name, options) pairs; one with an option `seed` is run once per seed
     keeps     budgets as in `compress()`
+    baselines run beside the methods at every budget: a score says little without them
     tasks     "scenes", "jsonl:PATH" or a `Task`; n and split are for the names
     command   what the rows say they were made by; None: the command line of this process
 
@@ -53,7 +55,10 @@ def sweep(
     Raises ValueError for an unknown method, option, budget, task or model, RuntimeError for a model that is
     compressed already, before anything is run.
     """
-    settings = list(_settings(_many(methods), _many(keeps), _many(seeds)))
+    methods = _many(methods)
+    named = [spec if isinstance(spec, str) else spec[0] for spec in methods]
+    methods += [name for name in _many(baselines) if name not in named]
+    settings = list(_settings(methods, _many(keeps), _many(seeds)))
     tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in _many(tasks)]
     compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
     identity = identify(model)

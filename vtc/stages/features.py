@@ -6,6 +6,7 @@ import functools
 import inspect
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Capture
+from ..capture import Capture, Recording
 from ..hosts import Vision
 from ..hosts.host import Layout
 from ..method import Method
@@ -70,7 +71,9 @@ class FeaturesStage:
     def features(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own get_image_features returns, dropped tokens marked by rows of NaN."""
         self.shortening.features_seen()
-        with self.capture.recording() as recording:
+        # Then nothing has to be scored. A whole number 1 is one token.
+        everything = isinstance(self.keep, float) and self.keep == 1
+        with nullcontext() if everything else self.capture.recording() as recording:
             output = self.original(base, *args, **kwargs)
         start = time.perf_counter()
         key = self.vision.host.features
@@ -81,16 +84,20 @@ class FeaturesStage:
         layouts = self.vision.host.layout(base, given, features)
         lots = _lots(given["pixel_values"])
         rows = [row for image in enumerate(layouts) for row in _rows(*image, self.keep, lots)]
-        reduced, self.last = self._reduce(rows, features, layouts, recording.extras())
+        reduced, self.last = self._reduce(rows, features, layouts, recording)
         if any(new is not old for new, old in zip(reduced, features)):
             output[key] = (
                 torch.stack(reduced) if isinstance(output[key], Tensor) else type(output[key])(reduced)
             )
-        self.spent = time.perf_counter() - start + recording.seconds
+        self.spent = time.perf_counter() - start + (0.0 if everything else recording.seconds)
         return output
 
     def _reduce(
-        self, rows: list[_Row], features: list[Tensor], layouts: list[Layout], extras: dict[str, Tensor]
+        self,
+        rows: list[_Row],
+        features: list[Tensor],
+        layouts: list[Layout],
+        recording: Recording | None,
     ) -> tuple[list[Tensor], list[Record]]:
         """features: for each image (n, D), newline tokens included. Same shapes come back."""
         if all(row.k == row.n for row in rows):
@@ -100,6 +107,7 @@ class FeaturesStage:
                 "the image features hold NaN before any token was dropped: the vision encoder overflowed, "
                 "load it in bfloat16 or float32"
             )
+        extras = recording.extras()
         groups = defaultdict(list)
         for row in rows:
             groups[row.tile.grid, row.k, row.patches.shape[1]].append(row)
