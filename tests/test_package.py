@@ -13,6 +13,7 @@ import vtc
 print(time.perf_counter() - start)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new - {"vtc", "torch"} - set(sys.stdlib_module_names)))
+print("torch._dynamo" in sys.modules)
 """
 
 
@@ -21,7 +22,7 @@ def test_importing_is_light():
         [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True
     ).stdout.split("\n")
     assert float(out[0]) <= 0.2
-    assert out[1] == "[]"
+    assert out[1:3] == ["[]", "False"]
 
 
 def test_every_public_name_is_there_and_documented():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,6 @@ def physical_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_query_offset())
 
 
-@torch.compiler.disable
 def attach(cache: Any, state: CacheState) -> None:
     """Makes `get_seq_length` of this one cache logical, for positions; masks keep the physical offset.
 
@@ -48,8 +46,13 @@ def attach(cache: Any, state: CacheState) -> None:
     setattr(cache, _STATE, state)
 
 
-@functools.cache
+_subclasses: dict[type, type] = {}
+
+
 def _shortened(cls: type) -> type:
+    if cls in _subclasses:
+        return _subclasses[cls]
+
     class Shortened(cls):
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return super().get_seq_length(layer_idx) + getattr(self, _STATE).removed
@@ -63,6 +66,7 @@ def _shortened(cls: type) -> type:
             self.__class__ = cls
 
     Shortened.__name__ = f"Shortened{cls.__name__}"
+    _subclasses[cls] = Shortened
     return Shortened
 
 
