@@ -252,3 +252,111 @@ def test_a_name_in_use_is_not_taken_over():
         @vtc.register
         class Other(vtc.Select):
             name = "tome"
+
+
+def test_a_callers_own_four_dimensional_mask(clip):
+    model, make_inputs = clip
+    inputs = make_inputs((1,))
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool)
+    with (
+        vtc.compress(model, "uniform", keep=15),
+        pytest.raises(ValueError, match="give one of two dimensions"),
+    ):
+        model(**inputs)
+
+
+def test_packed_prompts(clip):
+    model, make_inputs = clip
+    inputs = make_inputs((1,))
+    ids, pixels = inputs["input_ids"].repeat(1, 2), inputs["pixel_values"].repeat(2, 1, 1, 1)
+    positions = torch.arange(inputs["input_ids"].shape[1]).repeat(2)[None]
+    with vtc.compress(model, "uniform", keep=8), pytest.raises(ValueError, match="packed into one row"):
+        model(input_ids=ids, pixel_values=pixels, position_ids=positions, use_cache=False)
+
+
+def test_bare_features_after_compressed_ones(clip):
+    model, make_inputs = clip
+    inputs = make_inputs((1,))
+    with torch.no_grad():
+        ready = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        with vtc.compress(model, "tome", keep=0.5):
+            model(**inputs)
+            with pytest.raises(RuntimeError, match="nothing was compressed"):
+                model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": ready})
+
+
+def test_calling_forward_past_the_hooks(clip):
+    model, make_inputs = clip
+    with (
+        vtc.compress(model, "tome", keep=0.5),
+        pytest.raises(RuntimeError, match=r"call the model, not its forward"),
+    ):
+        model.model.forward(**make_inputs((1,)))
+
+
+def test_an_overflow_is_not_taken_for_a_dropped_token(clip):
+    model, make_inputs = clip
+    inputs = make_inputs((1,))
+    inputs["pixel_values"][0, 0, 0, 0] = float("nan")
+    with vtc.compress(model, "uniform", keep=1.0) as handle, torch.no_grad():
+        assert model(**inputs).logits.isnan().any()
+        assert handle.last[0].entering["decoder"] == 16
+
+
+def test_a_removed_handle(clip):
+    handle = vtc.compress(clip[0], "tome", keep=0.5)
+    handle.remove()
+    assert handle.describe().startswith("removed")
+    with pytest.raises(RuntimeError, match="was removed"):
+        handle.keep = 8
+
+
+def test_the_base_model_is_the_same_model(clip):
+    model = clip[0]
+    with vtc.compress(model.model, "tome", keep=0.5):
+        refused(RuntimeError, "compressed already", model, "tome", keep=0.5)
+        vtc.restore(model)
+    assert "_vtc_handle" not in vars(model.model)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        (["tome"], {}, "a list of methods holds pairs"),
+        ("vtc-cls", {"keep": 4, "layers": -2}, "layers is a list of blocks"),
+        ("vtc-cls", {"keep": 4, "start": "2"}, "option start of method 'vtc-cls' is a number"),
+        ("random", {"keep": 4, "seed": 1.5}, "seed is a whole number"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_kind(clip, method, options, match):
+    refused(ValueError, match, clip[0], method, **options)
+
+
+def test_a_score_of_the_wrong_shape(clip):
+    class Wrong(vtc.Select):
+        name = "wrong"
+
+        def score(self, tokens):
+            return tokens.x
+
+    with (
+        vtc.compress(clip[0], Wrong(), keep=3),
+        pytest.raises(ValueError, match=r"score\(\) of 'wrong' must give"),
+    ):
+        clip[0](**clip[1]((1,)))
+
+
+def test_a_method_without_a_name():
+    with pytest.raises(ValueError, match="Nameless needs a name"):
+
+        @vtc.register
+        class Nameless(vtc.Select):
+            pass
+
+
+def test_a_plan_that_is_none(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no plan"):
+        vtc.load(tmp_path / "plan.json")

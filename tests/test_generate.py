@@ -1,6 +1,7 @@
 """Every way to run a compressed model gives what the bare model gives on the shortened prompt."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -240,3 +241,66 @@ def test_a_cache_goes_when_its_user_lets_go(host):
         assert keys() is None
     finally:
         gc.enable()
+
+
+def test_embeddings_that_a_caller_mixed_are_shortened(host):
+    model, make_inputs = host
+    inputs = make_inputs((1,))
+    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        expected = model(**inputs).logits
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        image = (inputs["input_ids"] == IMAGE)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(image, marked_features(model, inputs))
+        found = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_reordered_selected_repeated_and_pickled(host):
+    model, make_inputs = host
+    inputs, more = make_inputs((1, 2)), torch.randint(3, 90, (2, 3))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    flip = torch.tensor([1, 0])
+    with vtc.compress(model, "divprune", keep=0.3):
+        cache = model(**inputs).past_key_values
+        copies = [pickle.loads(pickle.dumps(cache)) for _ in range(3)]
+        expected = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
+        copies[0].reorder_cache(flip)
+        copies[1].batch_select_indices(flip)
+        copies[2].batch_repeat_interleave(2)
+        for moved in copies[:2]:
+            found = model(input_ids=more[flip], attention_mask=mask[flip], past_key_values=moved).logits
+            torch.testing.assert_close(found[flip], expected, atol=1e-4, rtol=1e-4)
+        twice = [tensor.repeat_interleave(2, dim=0) for tensor in (more, mask)]
+        found = model(input_ids=twice[0], attention_mask=twice[1], past_key_values=copies[2]).logits
+        torch.testing.assert_close(found[::2], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cropping_text_works_and_cropping_into_the_image_is_refused(host):
+    model, make_inputs = host
+    inputs, more = make_inputs((1,)), torch.randint(3, 90, (1, 4))
+    with vtc.compress(model, "divprune", keep=0.3):
+        cache = model(**inputs).past_key_values
+        expected = model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
+        model(input_ids=torch.randint(3, 90, (1, 6)), past_key_values=cache)
+        cache.crop(-6)
+        torch.testing.assert_close(model(input_ids=more, past_key_values=cache).logits, expected)
+        with pytest.raises(ValueError, match="cannot crop 10 tokens"):
+            cache.crop(-10)
+
+
+def test_a_users_static_cache_has_its_size_again_after_reset(host):
+    from transformers import StaticCache
+
+    model, make_inputs = host
+    inputs, text = make_inputs((1,)), torch.randint(3, 90, (1, 20))
+    size = inputs["input_ids"].shape[1] + 8
+    ask = {"input_ids": text.repeat(1, size // 20)[:, : size - 4], **GREEDY, "max_new_tokens": 4}
+    expected = model.generate(**ask)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=size)
+    with vtc.compress(model, "divprune", keep=0.3):
+        model.generate(**inputs, **GREEDY, past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] < size
+        cache.reset()
+        assert torch.equal(model.generate(**ask, past_key_values=cache), expected)

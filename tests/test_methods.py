@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vtc
-from vtc.grid import centres, low_grid, regions
+from vtc.grid import centres, low_grid, nearest, regions
 from vtc.tokens import Tokens
 
 GRID = (6, 8)
@@ -169,6 +169,21 @@ def test_regular_grids_where_k_allows_one():
     assert (rows == rows[:, :1]).all()
 
 
+@pytest.mark.parametrize("grid", [(6, 8), (12, 12), (24, 24)])
+def test_downsample_keeps_every_low_resolution_token_once(grid):
+    n = grid[0] * grid[1]
+    for k in range(1, n + 1, 5):
+        low = low_grid(grid, k)
+        cell = nearest(grid, low, torch.device("cpu"))
+        t = Tokens(
+            torch.randn(low[0] * low[1], 4)[cell].repeat(2, 1, 1), grid, extras={"cell": cell.repeat(2, 1)}
+        )
+        reduction = vtc.get_method("downsample").reduce(t, k)
+        y = reduction.apply(t.x, t.size)[0]
+        assert reduction.index.shape == (2, k) and len(y.unique(dim=0)) == k
+        assert torch.equal(y, t.x[0, reduction.index[0]])
+
+
 def test_pool_is_area_pooling():
     t = tokens()
     y = vtc.get_method("pool").reduce(t, 12).apply(t.x, t.size)  # 3 x 4 regions of 2 x 2
@@ -194,6 +209,7 @@ def test_random_is_seeded_and_unbiased():
 @pytest.mark.parametrize("case", ["random", "constant", "one token"])
 def test_any_input_gives_exactly_k_and_batch_order_does_not_matter(method, case):
     t = tokens(grid=(1, 1) if case == "one token" else GRID, **EXTRAS)
+    t.extras["cell"] = (torch.arange(t.n) // 2).repeat(3, 1)
     if case == "constant":
         t.x = torch.ones_like(t.x)
         t.extras = {name: torch.ones_like(extra) for name, extra in t.extras.items()}

@@ -14,7 +14,8 @@ from small import small_model, small_processor, write_task
 
 import vtc
 from vtc.evaluation.results import Results, read_rows
-from vtc.evaluation.sweep import sweep
+from vtc.evaluation.runner import Setting
+from vtc.evaluation.sweep import run_key, sweep
 from vtc.evaluation.tasks import load_task, normalise
 from vtc.method import Select, _registry
 
@@ -212,3 +213,20 @@ def test_answers_match_without_case_punctuation_and_spaces():
 def test_baselines_run_beside_the_methods(task, tmp_path):
     rows = run(task, tmp_path / "r.jsonl", ["tome"], [0.5], baselines=("random", "tome"))
     assert [row["method"] for row in rows] == ["full", "blind", "tome", "random"]
+
+
+def test_another_picture_and_another_code_are_other_runs(task, tmp_path, monkeypatch):
+    first = load_task(f"jsonl:{task}")
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(Path(task).read_text().replace('"image": "', '"image": "x', 1))
+    assert [item.question for item in load_task(f"jsonl:{renamed}").items] == [
+        item.question for item in first.items
+    ]
+    assert (
+        first.items[0].picture
+        and load_task(f"jsonl:{renamed}").items[0].picture == "x" + first.items[0].picture
+    )
+    before = run_key("model", first, Setting("tome", 0.5))
+    assert run_key("model", first, Setting("tome", 0.5)) == before
+    monkeypatch.setattr("inspect.getsource", lambda cls: "rewritten")
+    assert run_key("model", first, Setting("tome", 0.5)) != before

@@ -21,8 +21,12 @@ Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
 class Handle:
     """The switch, budget and record of one compressed model; as a context manager it removes itself."""
 
-    def __init__(self, model: nn.Module, stages: list[Any]):
-        self._model, self._stages = model, stages
+    def __init__(self, base: nn.Module, stages: list[Any]):
+        self._base, self._stages = base, stages
+
+    @property
+    def _on(self) -> bool:
+        return vars(self._base).get(_HANDLE) is self
 
     @property
     def keep(self) -> int | float | dict[str, int | float]:
@@ -32,6 +36,8 @@ class Handle:
 
     @keep.setter
     def keep(self, keep: int | float | dict[str, int | float]) -> None:
+        if not self._on:
+            raise RuntimeError("this handle was removed from its model: call vtc.compress() again")
         budgets = keep if isinstance(keep, dict) else {self._stages[-1].name: keep}
         stages = {stage.name: stage for stage in self._stages}
         if unknown := set(budgets) - set(stages):
@@ -57,7 +63,7 @@ class Handle:
 
     def describe(self) -> str:
         """One line per stage: what runs where, with which budget and options, and what it last did."""
-        lines = []
+        lines = [] if self._on else ["removed from its model; it was:"]
         for stage in self._stages:
             line = f"{stage.name}: {stage.method} keep={stage.keep}"
             if stage.last:
@@ -68,9 +74,9 @@ class Handle:
 
     def remove(self) -> None:
         """Takes everything off again. Calling it twice does no harm."""
-        if vars(self._model).get(_HANDLE) is not self:
+        if not self._on:
             return
-        delattr(self._model, _HANDLE)
+        delattr(self._base, _HANDLE)
         for stage in reversed(self._stages):
             stage.remove()
 
@@ -120,8 +126,8 @@ def compress(
     # Nothing was touched so far: whatever is refused is refused above.
     if handle is not None:
         handle.remove()
-    handle = Handle(model, stages)
-    setattr(model, _HANDLE, handle)
+    handle = Handle(vision.base, stages)
+    setattr(vision.base, _HANDLE, handle)
     for part in stages:
         part.install()
     return handle
@@ -129,7 +135,8 @@ def compress(
 
 def current(model: nn.Module) -> Handle | None:
     """The handle of a model that is compressed now, else None."""
-    return vars(unwrap(model)).get(_HANDLE)
+    model = unwrap(model)
+    return vars(getattr(model, "base_model", model)).get(_HANDLE)
 
 
 def restore(model: nn.Module) -> None:
@@ -157,6 +164,11 @@ def _steps(plan: Plan, keep: Any, stage: str | None, options: dict) -> list[tupl
             raise ValueError(
                 "with a list of methods, give keep, stage and options in the list: ('tome', {'keep': 0.5})"
             )
+        for step in plan:
+            if not (isinstance(step, (tuple, list)) and len(step) == 2 and isinstance(step[1], dict)):
+                raise ValueError(
+                    f"a list of methods holds pairs like ('tome', {{'keep': 0.5}}), not {step!r}"
+                )
         steps = [_step(method, **settings) for method, settings in plan]
     else:
         steps = [_step(plan, keep=keep, stage=stage, **options)]

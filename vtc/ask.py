@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .api import compress
+from .api import compress, current
 from .images import open_image
 from .record import Record
 
@@ -68,13 +68,15 @@ def ask(
     max_new_tokens: int = 32,
     **options: Any,
 ) -> Answer:
-    """Asks once, greedily. With a method the model is compressed for this answer only.
+    """Asks once, greedily. With a method the model is compressed for this answer only, else it runs as it is.
 
     image    a path or a PIL image
     options  the method's own, and `stage`
     """
+    if method is None and (keep is not None or options):
+        raise ValueError("keep and options belong to a method: give its name, like method='vtc-cls'")
     inputs = _inputs(model, processor, image, question)
-    compressed = compress(model, method, keep, **options) if method else nullcontext()
+    compressed = compress(model, method, keep, **options) if method else nullcontext(current(model))
     with compressed as handle:
         return _answer(model, processor, inputs, handle, max_new_tokens)
 

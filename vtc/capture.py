@@ -3,7 +3,7 @@
 A fused kernel never shows its attention map. So the layers a method names get a copy of their config whose
 attention implementation is a thin wrapper: it hands queries and keys to a recorder and then calls the
 implementation that was there, with the same arguments. The output is bit-identical; only the rows that are
-needed are recomputed, in float32, without gradient.
+needed are recomputed, with the softmax in float32 and without gradient.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,8 +86,12 @@ class Select(Method):
         raise TypeError(f"{type(self).__name__} must define score() or select()")
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
+        score = self.score(tokens)
+        if score.shape != tokens.x.shape[:2]:
+            wanted = tuple(tokens.x.shape[:2])
+            raise ValueError(f"score() of '{self.name}' must give {wanted}, not {tuple(score.shape)}")
         # A stable sort breaks ties by position, so that equal scores give the same tokens in any batch.
-        return self.score(tokens).float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return score.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
 
     def reduce(self, tokens: Tokens, k: int) -> Reduction:
         return Reduction.select(self.select(tokens, k), tokens.n)
@@ -107,7 +112,9 @@ _registry: dict[str, type[Method]] = {}
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Class decorator that makes a method known by its `name`. Raises ValueError for a name in use."""
+    """Class decorator that makes a method known by its `name`. Raises ValueError for none, or one in use."""
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f"{cls.__name__} needs a name: name = '{cls.__name__.lower()}'")
     known = _registry.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"a method named '{cls.name}' exists already ({known.__module__})")
@@ -143,6 +150,12 @@ def get_method(name: str, **options: Any) -> Method:
     if unknown:
         has = ", ".join(sorted(fields)) or "none"
         raise ValueError(f"method '{name}' has no option {', '.join(map(repr, unknown))}; its options: {has}")
+    for field in dataclasses.fields(cls):
+        value = options.get(field.name, field.default)
+        if isinstance(field.default, (int, float)) and (
+            isinstance(value, bool) or not isinstance(value, Real)
+        ):
+            raise ValueError(f"option {field.name} of method '{name}' is a number, not {value!r}")
     return cls(**options)
 
 
@@ -156,18 +169,22 @@ def save(plan: list[tuple[Method | str, dict]], path: str | Path) -> None:
     from . import __version__
 
     steps = []
-    for method, options in plan:
-        method = get_method(method) if isinstance(method, str) else method
-        steps.append({**method.to_dict(), **options})
+    for method, settings in plan:
+        settings = dict(settings)
+        where = {name: settings.pop(name) for name in ("stage", "keep") if name in settings}
+        method = get_method(method, **settings) if isinstance(method, str) else method
+        steps.append({**method.to_dict(), **where})
     Path(path).write_text(
         json.dumps({"type": "vtc", "version": __version__, "steps": steps}, indent=2) + "\n"
     )
 
 
 def load(path: str | Path) -> list[tuple[Method, dict]]:
-    """Reads what `save()` wrote: a list that `compress(model, load(path))` takes."""
-    steps = json.loads(Path(path).read_text())["steps"]
-    plan = []
+    """Reads what `save()` wrote: a list that `compress(model, load(path))` takes. Else raises ValueError."""
+    content = json.loads(Path(path).read_text())
+    if not isinstance(content, dict) or content.get("type") != "vtc":
+        raise ValueError(f"{path} is no plan that vtc.save() wrote")
+    steps, plan = content["steps"], []
     for step in steps:
         method = get_method(step.pop("method"), **step.pop("options"))
         plan.append((method, step))

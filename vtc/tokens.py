@@ -67,14 +67,12 @@ class Reduction:
     index   (B, K)  ascending positions whose place the kept tokens take
     source  (B, N)  the slot 0..K-1 each input token went into, -1 if it was dropped
     weight  (B, N)  how much each token counts in its slot's average; None: its size
-    valid   (B, K)  False where a row keeps fewer than K tokens; None: every row keeps K
     pruned  True where no token was merged, so that kept tokens are exact copies
     """
 
     index: Tensor
     source: Tensor
     weight: Tensor | None = None
-    valid: Tensor | None = None
     pruned: bool = False
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shlex
 import sys
@@ -95,11 +96,22 @@ def run_key(identity: str, task: Task, setting: Setting) -> str:
     """Names a run; the same wherever and whenever it is run."""
     what = [identity, task.name, task.split, len(task.items), task.fingerprint]
     how = [setting.method, setting.options, setting.keep]
+    if is_method(setting.method):
+        how.append(_source(setting.method))
     return hashlib.sha256(json.dumps([*what, *how], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _many(values: Any) -> list:
-    return [values] if isinstance(values, (str, int, float, Task)) else list(values)
+    pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict)
+    return [values] if pair or isinstance(values, (str, int, float, Task)) else list(values)
+
+
+def _source(method: str) -> str:
+    """The code of a method: one that was rewritten is run anew; "" where python does not know it."""
+    try:
+        return inspect.getsource(type(get_method(method)))
+    except OSError:
+        return ""
 
 
 def _done(row: Row | None) -> bool:

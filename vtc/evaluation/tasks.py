@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Item:
     """A question about a picture. `open` returns the picture as RGB, or raises OSError or ValueError.
 
-    `where` names the item in reports of errors; `error` says why it cannot be asked at all.
+    `where` names the item in reports of errors, `picture` its image; `error` says why it cannot be asked.
     """
 
     question: str
@@ -28,6 +28,7 @@ class Item:
     open: Callable[[], Image]
     where: str
     error: str | None = None
+    picture: str = ""
 
     def matches(self, text: str) -> bool:
         return normalise(text) == normalise(self.answer)
@@ -44,7 +45,7 @@ class Task:
     @property
     def fingerprint(self) -> str:
         """Changes whenever a question, an answer or an image's name does, or their order."""
-        asked = [(item.where, item.question, item.answer, item.kind) for item in self.items]
+        asked = [(item.where, item.picture, item.question, item.answer, item.kind) for item in self.items]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
 
@@ -97,7 +98,8 @@ def _item(line: bytes, where: str, folder: Path) -> Item:
     try:
         row = json.loads(line)
         path, question, answer = row["image"], str(row["question"]), str(row["answer"])
-        return Item(question, answer, str(row.get("kind", "all")), partial(open_image, folder / path), where)
+        kind = str(row.get("kind", "all"))
+        return Item(question, answer, kind, partial(open_image, folder / path), where, picture=str(path))
     except (ValueError, KeyError, TypeError) as error:
         message = f"not an object with image, question and answer ({type(error).__name__}: {error})"
         return Item("", "", "", _nothing, where, message)

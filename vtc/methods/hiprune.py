@@ -20,8 +20,9 @@ class HiPrune(Select):
     neighbours  "clamp" as the official code: neighbours are n +- 1 and n +- columns, clamped to the grid's
                 first and last token, so they wrap around rows; "valid" stays within the grid
 
-    Departure: where anchors and neighbours exceed the budget (k < 5) the anchors and then the lowest
-    positions stay, so that always exactly k tokens come out.
+    Departures: where anchors and neighbours exceed the budget, as a large alpha makes them, the anchors and
+    then the lowest positions stay, so that always exactly k tokens come out. The tiles of an image share its
+    budget by their size after un-padding, where the official code gives each the same and does not un-pad.
     """
 
     name = "hiprune"

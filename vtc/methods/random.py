@@ -21,9 +21,13 @@ class Random(Select):
 
     seed: int = 0
 
+    def __post_init__(self):
+        if self.seed != int(self.seed):
+            raise ValueError(f"seed is a whole number, not {self.seed!r}")
+
     def score(self, tokens: Tokens) -> Tensor:
         rows = []
         for lot in tokens.lot.tolist():
-            generator = torch.Generator().manual_seed((lot * 1_000_003 + self.seed) % (1 << 63))
+            generator = torch.Generator().manual_seed((lot * 1_000_003 + int(self.seed)) % (1 << 63))
             rows.append(torch.rand(tokens.n, generator=generator))
         return torch.stack(rows).to(tokens.x.device)  # (B, N)

@@ -16,9 +16,9 @@ class ToMe(Merge):
     """Merges the most similar tokens, judged by the keys of one encoder layer, until k are left.
 
     One round merges tokens of even position into their most similar token of odd position, so it removes at
-    most half; further rounds follow until exactly k are left, on group averages of the keys. The order
-    within a round is that of the sequence, as in the paper's blocks with a class token. Departure: here the
-    sequence holds patches only, so parity counts from the first patch, not from CLS.
+    most half; further rounds follow until exactly k are left, on group averages of the keys. Departures: the
+    sequence holds patches only, so parity counts from the first patch, not from CLS; and a further round
+    splits the tokens in their spatial order, where the paper's next block has the even ones first.
 
     layer  the block whose keys judge similarity; the second to last, which LLaVA reads
     """

@@ -25,6 +25,10 @@ class VTCCLS(Select):
     stop: int = -1
     layers: tuple[Layer, ...] | None = None
 
+    def __post_init__(self):
+        if self.layers is not None and not isinstance(self.layers, (tuple, list)):
+            raise ValueError(f"layers is a list of blocks like (14, -2), not {self.layers!r}")
+
     @property
     def needs(self) -> tuple[Need, ...]:
         layers = (slice(self.start, self.stop),) if self.layers is None else tuple(self.layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ class CacheState:
     removed  how many positions the conversation is longer than the cache
     length   how many physical positions `mask` describes
     mask     (B, length) True for real tokens, False for padding; None: no padding
+    shrunk   how many positions a static cache gave up
     """
 
     removed: int
     length: int
     mask: Tensor | None
+    shrunk: int = 0
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -60,21 +63,70 @@ def _shortened(cls: type) -> type:
         def get_query_offset(self, layer_idx: int = 0) -> int:
             return super().get_seq_length(layer_idx)
 
+        def crop(self, tokens_to_remove: int) -> None:
+            if physical_length(self) + tokens_to_remove < getattr(self, _STATE).length:
+                raise ValueError(
+                    f"cannot crop {-tokens_to_remove} tokens: that reaches into the prompt whose image was "
+                    "compressed; start again from the prompt, or from a copy of the cache made before it"
+                )
+            super().crop(tokens_to_remove)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            _move_rows(self, lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            _move_rows(self, lambda mask: mask.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            _move_rows(self, lambda mask: mask[indices])
+
         def reset(self) -> None:
             super().reset()
+            shrink_static(self, by=-getattr(self, _STATE).shrunk)
             delattr(self, _STATE)
             self.__class__ = cls
+
+        def __reduce__(self) -> tuple:
+            return _rebuild, (cls, vars(self))
 
     Shortened.__name__ = f"Shortened{cls.__name__}"
     _subclasses[cls] = Shortened
     return Shortened
 
 
-def shrink_static(cache: Any, by: int) -> None:
-    """Lets a static cache allocate `by` fewer positions, while its layers are not yet allocated."""
+def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
+    """Padding goes with the rows it belongs to."""
+    state = getattr(cache, _STATE)
+    if state.mask is not None:
+        setattr(cache, _STATE, replace(state, mask=move(state.mask)))
+
+
+def _rebuild(cls: type, attributes: dict[str, Any]) -> Any:
+    """For pickle and copy, which cannot name the subclass."""
+    cache = object.__new__(_shortened(cls))
+    vars(cache).update(attributes)
+    return cache
+
+
+def shrink_static(cache: Any, by: int) -> int:
+    """Lets a static cache allocate `by` fewer positions, or returns 0 if it has allocated all already.
+
+    A negative number gives the positions back and frees the smaller allocation.
+    """
+    shrunk = 0
     for layer in getattr(cache, "layers", ()):
-        if getattr(layer, "max_cache_len", None) and not layer.is_initialized and not layer.is_sliding:
+        if (
+            getattr(layer, "max_cache_len", None)
+            and not layer.is_sliding
+            and (by < 0 or not layer.is_initialized)
+        ):
             layer.max_cache_len -= by
+            layer.is_initialized = False
+            shrunk = by
+    return shrunk
 
 
 def physical_mask(cache: Any, state: CacheState, tail: Tensor | None, new: int) -> Tensor | None:

@@ -51,7 +51,8 @@ class FeaturesStage:
         self.original = base.get_image_features.__func__
         self.was_wrapped = "get_image_features" in vars(base)
         setattr(base, _STAGE, self)
-        base.get_image_features = MethodType(_marking(self.original), base)
+        self.marking = _marking(self.original)
+        base.get_image_features = MethodType(self.marking, base)
         self.capture.install()
         self.shortening.install()
         if self.resolution:
@@ -59,10 +60,14 @@ class FeaturesStage:
 
     def remove(self) -> None:
         base = self.vision.base
-        del base.get_image_features
         delattr(base, _STAGE)
-        if self.was_wrapped:
-            base.get_image_features = MethodType(self.original, base)
+        now = vars(base).get("get_image_features")
+        if (
+            now is not None and getattr(now, "__func__", None) is self.marking
+        ):  # else a caller wrapped it again
+            del base.get_image_features
+            if self.was_wrapped:
+                base.get_image_features = MethodType(self.original, base)
         self.capture.remove()
         self.shortening.remove()
         if self.resolution:
@@ -70,7 +75,6 @@ class FeaturesStage:
 
     def features(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own get_image_features returns, dropped tokens marked by rows of NaN."""
-        self.shortening.features_seen()
         # Then nothing has to be scored. A whole number 1 is one token.
         everything = isinstance(self.keep, float) and self.keep == 1
         with nullcontext() if everything else self.capture.recording() as recording:
@@ -85,10 +89,12 @@ class FeaturesStage:
         lots = _lots(given["pixel_values"])
         rows = [row for image in enumerate(layouts) for row in _rows(*image, self.keep, lots)]
         reduced, self.last = self._reduce(rows, features, layouts, recording)
-        if any(new is not old for new, old in zip(reduced, features)):
+        dropped = any(new is not old for new, old in zip(reduced, features))
+        if dropped:
             output[key] = (
                 torch.stack(reduced) if isinstance(output[key], Tensor) else type(output[key])(reduced)
             )
+        self.shortening.seen(output, dropped)
         self.spent = time.perf_counter() - start + (0.0 if everything else recording.seconds)
         return output
 
@@ -139,7 +145,10 @@ class FeaturesStage:
                 thumbnail=torch.tensor([row.tile.thumbnail for row in group], device=x.device),
                 extras={kind: _by_token(extra, patches) for kind, extra in extras.items()},
             )
-            with torch.no_grad():
+            if self.resolution:
+                tokens.extras["cell"] = self.resolution.cells(patches[..., 0])
+            # Scores are what they are, whatever precision the model's own products have.
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 reduction = self.method.reduce(tokens, k)
             self._check(reduction, len(group), k)
             new = reduction.apply(x)  # (R, k, D)
@@ -147,11 +156,12 @@ class FeaturesStage:
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
     def _check(self, reduction: Reduction, rows: int, k: int) -> None:
-        index = reduction.index
-        if index.shape != (rows, k) or not bool((index.diff(dim=1) > 0).all()):
+        index, slots = reduction.index, torch.arange(k, device=reduction.index.device)
+        fine = index.shape == (rows, k) and bool((index.diff(dim=1) > 0).all())
+        if not fine or not bool((reduction.source.gather(1, index) == slots).all()):
             raise RuntimeError(
                 f"method '{self.method.name}' returned index of shape {tuple(index.shape)} where {rows} rows "
-                f"of {k} different ascending positions were due: mend its reduce()"
+                f"of {k} different ascending positions were due, each in its own slot: mend its reduce()"
             )
 
 
@@ -160,7 +170,8 @@ def _marking(original: Any) -> Any:
 
     @functools.wraps(original)  # generate() reads the signature
     def get_image_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(base, _STAGE).features(base, *args, **kwargs)
+        stage = getattr(base, _STAGE, None)
+        return stage.features(base, *args, **kwargs) if stage else original(base, *args, **kwargs)
 
     return get_image_features
 

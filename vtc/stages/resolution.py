@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class LowResolution:
                 f"{type(vision.encoder.tower).__name__} cannot see smaller pictures: use 'pool' or 'uniform'"
             )
         self.vision = vision
+        self._sizes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}  # by thread: full and low grid
         self._hooks: list[Any] = []
 
     def install(self, stage: Any) -> None:
@@ -39,6 +41,7 @@ class LowResolution:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._sizes.clear()
 
     def check(self, keep: int | float) -> None:
         if self.vision.host.tiled and isinstance(keep, int):
@@ -47,21 +50,28 @@ class LowResolution:
                 "different numbers of tiles, which all go through the encoder at one resolution"
             )
 
+    def cells(self, patches: Tensor) -> Tensor:
+        """The low-resolution token under each patch (rows, n), counted over an encoder row."""
+        grid, low = self._sizes[threading.get_ident()]
+        return nearest(grid, low, patches.device)[patches % (grid[0] * grid[1])]
+
     def _shrink(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]  # (rows, 3, H, W)
         patch = self.vision.encoder.tower.config.patch_size
-        self._grid = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-        self._low = low_grid(self._grid, count_kept(self._stage.keep, self._grid[0] * self._grid[1]))
-        if self._low == self._grid:
+        grid = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+        low = low_grid(grid, count_kept(self._stage.keep, grid[0] * grid[1]))
+        self._sizes[threading.get_ident()] = grid, low
+        if low == grid:
             return args, kwargs
-        size = self._low[0] * patch, self._low[1] * patch
+        size = low[0] * patch, low[1] * patch
         small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
         kwargs = {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}
         return args[1:] if args else args, kwargs
 
     def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if self._low == self._grid:
+        grid, low = self._sizes[threading.get_ident()]
+        if low == grid:
             return output
-        first = output.shape[1] - self._low[0] * self._low[1]  # CLS, where the host keeps it
-        cell = nearest(self._grid, self._low, output.device)
+        first = output.shape[1] - low[0] * low[1]  # CLS, where the host keeps it
+        cell = nearest(grid, low, output.device)
         return torch.cat([output[:, :first], output[:, first:][:, cell]], dim=1)  # (rows, first + N, D)

@@ -21,8 +21,9 @@ from ..hosts import Vision
 from ..tokens import gather
 from .cache import CacheState, attach, physical_length, physical_mask, shrink_static, state_of
 
-_VISION_INPUTS = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+_PIXELS = ("pixel_values", "pixel_values_videos")
 _HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+_TAG = "_vtc_dropped"  # on the class of what get_image_features returned: whether it holds marked rows
 
 
 @dataclass
@@ -61,7 +62,8 @@ class _Call:
     """One call of the base model, between its hooks."""
 
     vision: bool = False
-    marked: bool = False  # the features of this call went through the stage
+    seen: bool = False  # the features of this call went through the stage
+    dropped: bool = False  # and some of their rows are marked, or may be
     mask: Tensor | None = None
     plan: Plan | None = None
     state: CacheState | None = None
@@ -75,7 +77,6 @@ class Shortening:
         self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
         self._calls: dict[int, _Call] = {}  # by thread
         self._hooks: list[Any] = []
-        self._ever_marked = False
 
     def install(self) -> None:
         self._hooks = [
@@ -91,21 +92,24 @@ class Shortening:
         self._hooks.clear()
         self._calls.clear()
 
-    def features_seen(self) -> None:
-        """The stage reports that image features of this thread's call went through it."""
-        self._ever_marked = True
+    def seen(self, output: Any, dropped: bool) -> None:
+        """The stage reports features that went through it. generate() encodes first and passes them later."""
+        output.__class__ = _tagged(type(output), dropped)
         if call := self._calls.get(threading.get_ident()):
-            call.marked = True
+            call.seen = True
+            call.dropped |= dropped
 
     # -- the base model: what came in, before embeddings and features are mixed
 
     def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = {**dict(zip(self._parameters, args)), **kwargs}
-        mask = given.get("attention_mask")
+        ready = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
         self._calls[threading.get_ident()] = _Call(
-            vision=any(_given(given.get(name)) for name in _VISION_INPUTS),
-            marked=_given(given.get("mm_encoder_outputs")) and self._ever_marked,
-            mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+            vision=bool(ready) or any(given.get(name) is not None for name in _PIXELS),
+            seen=bool(ready) and all(hasattr(output, _TAG) for output in ready),
+            # embeddings that a caller mixed may hold marked features too
+            dropped=given.get("inputs_embeds") is not None or any(getattr(r, _TAG, False) for r in ready),
+            mask=_mask2d(given.get("attention_mask")),
         )
 
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -120,14 +124,21 @@ class Shortening:
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self._calls.get(threading.get_ident())
         x = kwargs.get("inputs_embeds")
-        if call is None or x is None:
+        if x is None:
             return None
-        if call.vision and not call.marked:
+        if call is None:
+            if bool(x[..., 0].isnan().any()):
+                raise RuntimeError(
+                    f"features that a compressed model marked reached {type(self.decoder).__name__} without "
+                    f"passing {type(self.base).__name__}'s hooks: call the model, not its forward()"
+                )
+            return None
+        if call.vision and not call.seen:
             raise RuntimeError(
                 f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
                 "its get_image_features; pass pixel_values, or features encoded after compress()"
             )
-        dropped = x[..., 0].isnan() if call.vision else None  # (B, L)
+        dropped = x[..., 0].isnan() if call.dropped else None  # (B, L)
         if dropped is None or not bool(dropped.any()):
             return args, self._continue(call, kwargs)
         return args, self._shorten(call, kwargs, dropped)
@@ -139,7 +150,8 @@ class Shortening:
         if state is None:
             return kwargs
         new = kwargs["inputs_embeds"].shape[1]
-        tail = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+        tail = _mask2d(mask) if call.mask is None else call.mask
+        self._refuse_masks(mask, cache)
         if state.mask is None and tail is None:
             return kwargs  # a mask of any other form was built by transformers for the physical cache
         return {**kwargs, "attention_mask": physical_mask(cache, state, tail, new)}
@@ -149,35 +161,43 @@ class Shortening:
         batch, length, _ = x.shape
         state, past = state_of(cache) or CacheState(removed=0, length=0, mask=None), physical_length(cache)
         self._refuse_unknown(kwargs, length, past)
-        tail = mask if isinstance(mask, Tensor) and mask.dim() == 2 else call.mask
+        self._refuse_masks(mask, cache)
+        tail = _mask2d(mask) if call.mask is None else call.mask
         tail = None if tail is None else tail.to(x.device)  # a model may be spread over devices
         valid = _valid(mask, tail, past, x)  # (B, L)
         plan = call.plan = Plan.of(valid & ~dropped, pad_left=bool(valid[:, -1].all()))
-        shrink_static(cache, by=length - plan.k)
+        shrunk = state.shrunk + shrink_static(cache, by=length - plan.k)
 
         positions = kwargs.get("position_ids")
         if positions is None:  # what the decoder would have counted itself
             positions = torch.arange(length, device=x.device)[None] + past + state.removed
+        elif tail is None and cache is None and bool((positions.diff(dim=-1) < 0).any()):
+            raise ValueError(
+                "several prompts packed into one row cannot be compressed: give each its own row, padded"
+            )
         before = None if tail is None else tail[:, : tail.shape[1] - length]
         old = physical_mask(cache, state, before, new=0) if past else None  # (B, past)
-        if old is None and bool(plan.real.all()):
-            short_mask = None
-        else:
-            old = plan.real.new_ones(batch, past) if old is None else old
-            short_mask = torch.cat([old, plan.real], dim=1)  # (B, past + K)
-        call.state = CacheState(state.removed + length - plan.k, past + plan.k, short_mask)
+        short_mask = _joined(old, plan.real, past)
+        call.state = CacheState(state.removed + length - plan.k, past + plan.k, short_mask, shrunk)
         if short_mask is None and cache is None:
             # Positions with gaps and no mask would be taken for several packed sequences.
             short_mask = torch.ones_like(plan.real)
-        short = gather(x, plan.index)  # (B, K, D)
+        padding = ~plan.real[..., None]  # it may have been a marked row
         return {
             **kwargs,
-            "inputs_embeds": short.masked_fill(
-                ~plan.real[..., None], 0
-            ),  # padding may have been a marked row
+            "inputs_embeds": gather(x, plan.index).masked_fill(padding, 0),  # (B, K, D)
             "position_ids": positions.to(x.device).expand(batch, length).gather(1, plan.index),  # (B, K)
             "attention_mask": None if short_mask is None else short_mask.long(),
         }
+
+    def _refuse_masks(self, mask: Any, cache: Any) -> None:
+        """transformers builds masks of four dimensions for caches it compiles; others are a caller's own."""
+        four = isinstance(mask, Tensor) and mask.dim() == 4
+        if four and not getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"an attention mask of shape {tuple(mask.shape)} cannot be shortened: give one of two "
+                "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
+            )
 
     def _refuse_unknown(self, kwargs: dict, length: int, past: int) -> None:
         if past and "flash" in (self.decoder.config._attn_implementation or ""):
@@ -208,9 +228,25 @@ class Shortening:
         return output
 
 
-def _given(value: Any) -> bool:
-    """Whether a call carries this vision input: an empty dict of encoder outputs means no image."""
-    return bool(value) if isinstance(value, dict) else value is not None
+_subclasses: dict[tuple[type, bool], type] = {}
+
+
+def _tagged(cls: type, dropped: bool) -> type:
+    """A subclass that says so; of features that it cuts into chunks, generate() keeps the class only."""
+    if (cls, dropped) not in _subclasses:
+        _subclasses[cls, dropped] = type(cls.__name__, (cls,), {_TAG: dropped})
+    return _subclasses[cls, dropped]
+
+
+def _mask2d(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _joined(old: Tensor | None, real: Tensor, past: int) -> Tensor | None:
+    """The mask over the past (B, past) and the shortened tokens (B, K), None where nothing is padding."""
+    if old is None and bool(real.all()):
+        return None
+    return torch.cat([real.new_ones(len(real), past) if old is None else old, real], dim=1)
 
 
 def _valid(mask: Any, mask2d: Tensor | None, past: int, x: Tensor) -> Tensor:
