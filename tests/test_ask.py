@@ -110,3 +110,14 @@ def test_text_models_are_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a llama model: it does not answer questions about images"):
         load_model(tmp_path)
+
+
+def test_a_budget_without_a_method_is_refused(loaded, image):
+    with pytest.raises(ValueError, match="belong to a method"):
+        ask(*loaded, image, QUESTION, keep=0.1)
+
+
+def test_a_compressed_model_answers_as_it_is(loaded, image):
+    with vtc.compress(loaded[0], "uniform", keep=16):
+        answer = ask(*loaded, image, QUESTION, max_new_tokens=2)
+    assert answer.tokens == len(answer.record.index) == 16

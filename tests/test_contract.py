@@ -215,6 +215,9 @@ def test_an_exception_in_the_middle_leaves_nothing(name, hosts):
             with pytest.raises(KeyboardInterrupt):
                 model.generate(**inputs, **GREEDY)
             trap.remove()
+            text = model.get_input_embeddings()(torch.arange(3, 8)[None])
+            decoder = model.model.get_decoder()
+            assert decoder(inputs_embeds=text).last_hidden_state.shape == text.shape
             shortened = model(**inputs).logits  # and it still works
             assert shortened.shape == logits.shape and not torch.equal(shortened, logits)
             handle.remove()

@@ -91,14 +91,15 @@ def test_saving_a_compressed_model(host, tmp_path):
         assert torch.equal(loaded.generate(**inputs, **GREEDY), expected)
 
 
-def test_two_threads_at_once(host):
+@pytest.mark.parametrize("method", ["vtc-cls", "downsample", "random"])
+def test_several_threads_at_once(host, method):
     """Each thread's calls keep to themselves."""
     from concurrent.futures import ThreadPoolExecutor
 
     model, _ = host
     _, make_inputs = build("llava-clip")
     many = [make_inputs((1 + i % 2, 1), seed=i) for i in range(12)]
-    with vtc.compress(model, "vtc-cls", keep=0.4):
+    with vtc.compress(model, method, keep=0.4):
         expected = [model.generate(**inputs, **GREEDY) for inputs in many]
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda inputs: model.generate(**inputs, **GREEDY), many))

@@ -133,6 +133,7 @@ class Shortening:
                     f"passing {type(self.base).__name__}'s hooks: call the model, not its forward()"
                 )
             return None
+        call.plan = None  # of a call that an exception ended
         if call.vision and not call.seen:
             raise RuntimeError(
                 f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
