@@ -174,23 +174,6 @@ def test_a_compiled_model(clip):
     refused(RuntimeError, "compiled already", model, "tome", keep=0.5)
 
 
-def test_features_that_never_passed_the_stage(clip):
-    """Nothing compressed is an error, never a silent no-op."""
-    model, make_inputs = clip
-    inputs = make_inputs((1,))
-    with torch.no_grad():
-        ready = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
-        with (
-            vtc.compress(model, "tome", keep=0.5),
-            pytest.raises(RuntimeError, match="nothing was compressed"),
-        ):
-            model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                mm_encoder_outputs={"image": ready},
-            )
-
-
 def test_features_that_overflowed(clip):
     model, make_inputs = clip
     inputs = make_inputs((1,))
@@ -275,13 +258,16 @@ def test_packed_prompts(clip):
         model(input_ids=ids, pixel_values=pixels, position_ids=positions, use_cache=False)
 
 
-def test_bare_features_after_compressed_ones(clip):
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_features_that_never_passed_the_stage(clip, used):
+    """Nothing compressed is an error, never a silent no-op; whatever was compressed before."""
     model, make_inputs = clip
     inputs = make_inputs((1,))
     with torch.no_grad():
         ready = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
         with vtc.compress(model, "tome", keep=0.5):
-            model(**inputs)
+            if used:
+                model(**inputs)
             with pytest.raises(RuntimeError, match="nothing was compressed"):
                 model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": ready})
 

@@ -24,7 +24,8 @@ class Tokens:
     thumbnail  (B,)       True where the row is the whole-image view of a tiled image
     lot        (B,)       a number that the picture alone decides, for rules that draw at random: the same
                           picture draws the same lot in any batch
-    extras     what the method declared in `needs`, read as attributes: `tokens.cls_attention`
+    extras     what the method declared in `needs`, read as attributes: `tokens.cls_attention`; and `cell`
+               (B, N) for a method that lowers the resolution: the low-resolution token each patch shows
     """
 
     x: Tensor

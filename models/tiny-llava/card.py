@@ -27,7 +27,7 @@ processor.decode(model.generate(**inputs, max_new_tokens=4)[0], skip_special_tok
 
 {questions:,} test questions, the kinds in equal parts; greedy `generate`; right when equal to the answer.
 *Random* and *uniform* keep {kept_tokens} of the {image_tokens} image tokens in front of the decoder
-(uniform: evenly spaced in reading order; one seed). *Blind* is the same model without the picture,
+(uniform: a regular sub-grid; one seed). *Blind* is the same model without the picture,
 *commonest* the share of each kind's most frequent answer.
 
 {table}

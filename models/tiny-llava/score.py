@@ -1,81 +1,42 @@
-"""Measures both models on held-out test scenes, through the code path that any checkpoint takes."""
+"""Measures both models on held-out test scenes and fills in their cards: python models/tiny-llava/score.py"""
 
 import json
-import platform
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+import vtc
+from vtc.cost import versions
 from vtc.evaluation.questions import KINDS, dataset
-from vtc.evaluation.scenes import CLASSES, scene, singles
+from vtc.evaluation.scenes import CLASSES, GRID, scene, singles
 
-PATCHES = 144
+KEPT = 16  # image tokens that the baselines keep
 
 
-class Reader:
-    """tiny-llava with its processor, asked in batches."""
-
-    def __init__(self, folder: Path):
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-    def prompt(self, question: str, picture: bool = True) -> str:
-        parts = [{"type": "image"}] * picture + [{"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True
+def answers(folder: Path, n: int) -> dict[str, dict[str, float]]:
+    """Share of right answers, overall and per kind: all tokens, no picture, baselines at KEPT tokens."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with TemporaryDirectory() as scratch:
+        rows = vtc.sweep(
+            model,
+            processor,
+            ["random", "uniform"],
+            [KEPT],
+            n=n,
+            baselines=(),
+            output=Path(scratch) / "rows.jsonl",
         )
-
-    @torch.no_grad()
-    def answers(self, images: list, prompts: list[str], keep: np.ndarray | None = None) -> list[str]:
-        """`keep` (B, K): the patches of each picture that the decoder gets; None: the model as it is."""
-        inputs = self.processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        if keep is not None:
-            inputs, length = self.shorten(inputs, torch.from_numpy(keep)), 0
-        out = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        return [t.strip() for t in self.processor.batch_decode(out[:, length:], skip_special_tokens=True)]
-
-    def shorten(self, inputs, keep: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The prompts as embeddings that hold only the patches `keep` (B, K)."""
-        ids = inputs["input_ids"]  # (B, L)
-        batch = torch.arange(len(ids))[:, None]
-        seen = self.model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
-        kept = torch.stack(list(seen))[batch, keep]  # (B, K, D)
-        image = ids == self.model.config.image_token_id
-        stay = ~image
-        stay[batch, image.int().argmax(1, keepdim=True) + torch.arange(keep.shape[1])] = (
-            True  # one run of K places
-        )
-        short = ids[stay].view(len(ids), -1)  # (B, L - 144 + K)
-        embeds = self.model.get_input_embeddings()(short.where(short != self.model.config.image_token_id, 0))
-        embeds[short == self.model.config.image_token_id] = kept.flatten(0, 1)
-        return {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"][stay].view(len(ids), -1)}
-
-    def score(
-        self, split: str, n: int, way: str = "full", tokens: int = 16, batch: int = 50
-    ) -> dict[str, float]:
-        """Share of right answers per kind and overall; `way` is full, blind, random or uniform."""
-        right = {kind: [] for kind in KINDS}
-        asked = dataset(split, n)
-        rng = np.random.default_rng(0)
-        for start in tqdm(range(0, n, batch), f"{way} on {split}", mininterval=5):
-            part = asked[start : start + batch]
-            images = [scene(split, i).image for i, _ in part] if way != "blind" else []
-            keep = None
-            if way == "random":
-                keep = np.stack([np.sort(rng.choice(PATCHES, tokens, replace=False)) for _ in part])
-            elif way == "uniform":
-                keep = np.tile((np.arange(tokens) + 0.5) * PATCHES / tokens, (len(part), 1)).astype(int)
-            told = self.answers(images, [self.prompt(q.text, way != "blind") for _, q in part], keep)
-            for (_, q), answer in zip(part, told, strict=True):
-                right[q.kind].append(answer == q.answer)
-        every = [r for results in right.values() for r in results]
-        return {"overall": float(np.mean(every))} | {kind: float(np.mean(r)) for kind, r in right.items()}
+    return {
+        row["method"]: {"overall": row["accuracy"]} | {kind: row["kinds"][kind]["accuracy"] for kind in KINDS}
+        for row in rows
+    }
 
 
 @torch.no_grad()
@@ -106,30 +67,22 @@ def chance(split: str, n: int) -> dict[str, float]:
 
 
 def measure(llava: Path, clip: Path, n: int = 2000) -> dict:
-    reader = Reader(llava)
-    ways = {way: reader.score("test", n, way) for way in ("full", "blind", "random", "uniform")}
-    guess = chance("test", n)
+    ways, guess = answers(llava, n), chance("test", n)
     ways["chance"] = {"overall": float(np.mean(list(guess.values())))} | guess
+    weights = load_file(llava / "model.safetensors")
     return {
-        "questions": n, "kept_tokens": 16, "image_tokens": PATCHES, "scores": ways,
+        "questions": n, "kept_tokens": KEPT, "image_tokens": GRID * GRID, "scores": ways,
         "zero_shot": zero_shot(clip, n),
-        "parameters": sum(p.numel() for p in reader.model.parameters()),
+        "parameters": sum(weight.numel() for weight in weights.values()),
         "megabytes": (llava / "model.safetensors").stat().st_size / 1e6,
         "date": str(date.today()), "torch": torch.__version__, "transformers": transformers.__version__,
-        "hardware": f"{torch.get_num_threads()} cores of {processor_name()}",
+        "hardware": f"{torch.get_num_threads()} cores of {versions()['cpu']}",
     }  # fmt: skip
 
 
-def processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
 if __name__ == "__main__":
+    import card
+
     here = Path(__file__).resolve().parent
-    print(json.dumps(measure(here, here.parent / "tiny-clip"), indent=1))
+    clip = here.parent / "tiny-clip"
+    card.write(json.loads((here / "scores.json").read_text()) | measure(here, clip), here, clip)
