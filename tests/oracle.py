@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hosts import IMAGE, SUPPRESS, Inputs
+from tiny import IMAGE, SUPPRESS, Inputs
 from torch import Tensor, nn
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hosts import HOSTS, build
+from tiny import HOSTS, build
 
 import vtc
 from vtc.capture import Capture

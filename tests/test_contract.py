@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from footprint import footprint
-from hosts import HOSTS, SUPPRESS, build
 from oracle import marked_features
+from tiny import HOSTS, SUPPRESS, build
 
 import vtc
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import CLIP, HOSTS, SIGLIP, build, llava
+from tiny import CLIP, HOSTS, SIGLIP, build
+from tiny.llava import llava
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

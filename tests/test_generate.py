@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from hosts import HOSTS, IMAGE, PAD, SUPPRESS, build
 from oracle import greedy, marked_features, next_logits, shortened
+from tiny import HOSTS, IMAGE, PAD, SUPPRESS, build
 
 import vtc
 

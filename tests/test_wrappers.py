@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from footprint import footprint
-from hosts import SUPPRESS, build
+from tiny import SUPPRESS, build
 
 import vtc
 

@@ -1,0 +1,46 @@
+"""Tiny random hosts built from configs: `build(name) -> (model, make_inputs)`. A file of this folder adds
+its own by `@host(...)`; the contract runs over all of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .parts import CLIP, IMAGE, LLAMA, PAD, SIGLIP, SUPPRESS, TEXT, VIDEO, VOCAB, Inputs, MakeInputs  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """family: the entry of vtc's table it stands for. video: make_inputs(videos=...) works."""
+
+    build: Callable[[], tuple[nn.Module, MakeInputs]]
+    family: str
+    video: bool
+
+
+HOSTS: dict[str, Tiny] = {}
+
+
+def host(name: str, family: str | None = None, video: bool = False):
+    """Decorator of a function () -> (model, make_inputs). `family` is `name` where None."""
+
+    def add(function):
+        assert name not in HOSTS
+        HOSTS[name] = Tiny(function, family or name, video)
+        return function
+
+    return add
+
+
+def build(name: str, seed: int = 0) -> tuple[nn.Module, MakeInputs]:
+    torch.manual_seed(seed)
+    return HOSTS[name].build()
+
+
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")
