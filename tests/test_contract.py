@@ -6,7 +6,8 @@ import pytest
 import torch
 from footprint import footprint
 from oracle import marked_features
-from tiny import HOSTS, SUPPRESS, build
+from tiny import SUPPRESS, build
+from tiny.llava import LLAVA
 
 import vtc
 
@@ -17,12 +18,12 @@ def works(method: str, host: str) -> bool:
     return method != "vtc-cls" or "siglip" not in host
 
 
-PAIRS = [(method, host) for method in vtc.list_methods() for host in HOSTS if works(method, host)]
+PAIRS = [(method, host) for method in vtc.list_methods() for host in LLAVA if works(method, host)]
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    return {name: build(name) for name in HOSTS}
+    return {name: build(name) for name in LLAVA}
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def check_downsample(model, inputs):
         torch.testing.assert_close(first_image, low[:4], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", LLAVA)
 def test_an_exception_in_the_middle_leaves_nothing(name, hosts):
     model, make_inputs = hosts[name]
     inputs = make_inputs((1,))

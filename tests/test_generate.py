@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 from oracle import greedy, marked_features, next_logits, shortened
-from tiny import HOSTS, IMAGE, PAD, SUPPRESS, build
+from tiny import IMAGE, PAD, SUPPRESS, build
+from tiny.llava import LLAVA
 
 import vtc
 
@@ -16,7 +17,7 @@ GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": SUPPRE
 MIXED = {"images": (2, 1, 0), "pads": 2}
 
 
-@pytest.fixture(params=HOSTS, scope="module")
+@pytest.fixture(params=LLAVA, scope="module")
 def host(request):
     return build(request.param)
 
@@ -27,7 +28,7 @@ def rows_of(model, inputs):
 
 def check_against_oracle(model, inputs, **options):
     """Greedy tokens, logits and lengths of generate() against the oracle, row by row."""
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         rows = rows_of(model, inputs)
         out = model.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True, output_logits=True)
     length = inputs["input_ids"].shape[1]
@@ -69,7 +70,7 @@ def test_beam_search_is_the_same_with_any_cache(host):
     model, make_inputs = host
     inputs = make_inputs(**MIXED)
     beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         expected = model.generate(**inputs, **beams, use_cache=False)
         assert torch.equal(model.generate(**inputs, **beams), expected)
         assert torch.equal(model.generate(**inputs, **beams, cache_implementation="static"), expected)
@@ -80,7 +81,7 @@ def test_sampling_is_the_same_with_any_cache(host):
     inputs = make_inputs(**MIXED)
     sampling = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "top_k": 20}
     results = []
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
             torch.manual_seed(3)
             results.append(model.generate(**inputs, **sampling, **cache))
@@ -92,7 +93,7 @@ def test_forward_keeps_its_shape_and_equals_the_oracle(host):
     model, make_inputs = host
     inputs = make_inputs((1, 2), pads=1)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"), torch.no_grad():
         rows = rows_of(model, inputs)
         out = model(**inputs, position_ids=positions)
         last = model(**inputs, position_ids=positions, logits_to_keep=1).logits
@@ -141,7 +142,7 @@ def test_chat_goes_on_from_the_cache(host):
     """A second turn over the returned cache equals a prompt that held both turns from the start."""
     model, make_inputs = host
     first, extra = make_inputs(**MIXED), torch.randint(3, 90, (3, 4))
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
         ids = torch.cat([turn.sequences, extra], dim=1)
         mask = torch.cat([first["attention_mask"], torch.ones(3, STEPS + 4, dtype=torch.long)], dim=1)
@@ -160,7 +161,7 @@ def test_chat_goes_on_with_a_new_image(host):
         for name in first
         if "ids" not in name and "mask" not in name
     }
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
         ids = torch.cat([turn.sequences, second["input_ids"]], dim=1)
         mask = torch.ones_like(ids)
@@ -177,11 +178,11 @@ def test_flash_attention_refuses_a_new_image_behind_a_cache(host, monkeypatch):
     """It would read the gaps between positions as borders of packed prompts, and answer wrongly."""
     model, make_inputs = host
     first, second = make_inputs((1,)), make_inputs((1,), seed=5)
-    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"), torch.no_grad():
         cache = model(**first, use_cache=True).past_key_values
         text = model.model.language_model.config
         monkeypatch.setattr(text, "_attn_implementation_internal", "flash_attention_2")
-        with pytest.raises(ValueError, match="load the model with attn_implementation='sdpa'"):
+        with pytest.raises(ValueError, match="load with attn_implementation='sdpa'"):
             model(**{**second, "attention_mask": None}, past_key_values=cache)
 
 
@@ -189,7 +190,7 @@ def test_a_manual_decoding_loop_works(host):
     model, make_inputs = host
     inputs = make_inputs(**MIXED)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"), torch.no_grad():
         expected = model.generate(**inputs, **GREEDY)
         out = model(**inputs, position_ids=positions, use_cache=True)
         mask, tokens = inputs["attention_mask"], []
@@ -212,7 +213,7 @@ def test_text_only_calls_pass_through(host):
     model, make_inputs = host
     inputs = make_inputs((0, 0), pads=1)
     expected = model.generate(**inputs, **GREEDY)
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)
 
 
@@ -221,7 +222,7 @@ def test_reused_static_cache_starts_anew(host):
     model, make_inputs = host
     text = make_inputs((0,))
     expected = model.generate(**text, **GREEDY)
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         model.generate(**make_inputs((1,)), **GREEDY, cache_implementation="static")
         assert torch.equal(model.generate(**text, **GREEDY, cache_implementation="static"), expected)
 
@@ -234,7 +235,7 @@ def test_a_cache_goes_when_its_user_lets_go(host):
     model, make_inputs = host
     gc.disable()
     try:
-        with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        with vtc.compress(model, "divprune", keep=0.3, positions="keep"), torch.no_grad():
             out = model(**make_inputs((1,)), use_cache=True)
             keys = weakref.ref(out.past_key_values.layers[0].keys)
             del out
@@ -246,7 +247,7 @@ def test_a_cache_goes_when_its_user_lets_go(host):
 def test_embeddings_that_a_caller_mixed_are_shortened(host):
     model, make_inputs = host
     inputs = make_inputs((1,))
-    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"), torch.no_grad():
         expected = model(**inputs).logits
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         image = (inputs["input_ids"] == IMAGE)[..., None].expand_as(embeds)
@@ -261,7 +262,7 @@ def test_a_cache_may_be_reordered_selected_repeated_and_pickled(host):
     inputs, more = make_inputs((1, 2)), torch.randint(3, 90, (2, 3))
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
     flip = torch.tensor([1, 0])
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         cache = model(**inputs).past_key_values
         copies = [pickle.loads(pickle.dumps(cache)) for _ in range(3)]
         expected = model(input_ids=more, attention_mask=mask, past_key_values=cache).logits
@@ -280,7 +281,7 @@ def test_a_cache_may_be_reordered_selected_repeated_and_pickled(host):
 def test_cropping_text_works_and_cropping_into_the_image_is_refused(host):
     model, make_inputs = host
     inputs, more = make_inputs((1,)), torch.randint(3, 90, (1, 4))
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         cache = model(**inputs).past_key_values
         expected = model(input_ids=more, past_key_values=copy.deepcopy(cache)).logits
         model(input_ids=torch.randint(3, 90, (1, 6)), past_key_values=cache)
@@ -299,7 +300,7 @@ def test_a_users_static_cache_has_its_size_again_after_reset(host):
     ask = {"input_ids": text.repeat(1, size // 20)[:, : size - 4], **GREEDY, "max_new_tokens": 4}
     expected = model.generate(**ask)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=size)
-    with vtc.compress(model, "divprune", keep=0.3):
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
         model.generate(**inputs, **GREEDY, past_key_values=cache)
         assert cache.layers[0].keys.shape[2] < size
         cache.reset()

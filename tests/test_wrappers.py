@@ -69,16 +69,6 @@ def test_accelerate_offload(host, first):
         torch.testing.assert_close(model(**inputs).logits, expected)
 
 
-def test_compiled_after_compressing(host):
-    model, inputs = host
-    with vtc.compress(model, "vtc-cls", keep=0.4) as handle, torch.no_grad():
-        expected = model(**inputs).logits
-        handle.last.clear()
-        torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected)
-        assert [len(record.index) for record in handle.last] == [6, 6, 6]
-    torch.compiler.reset()
-
-
 def test_saving_a_compressed_model(host, tmp_path):
     model, inputs = host
     before = footprint(model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch import nn
 
-from .hosts import open_host
+from .allocate import ALLOCATIONS
+from .hosts import Vision, open_host
 from .method import Method, get_method
 from .record import Record
 from .stages.features import FeaturesStage
@@ -49,7 +52,7 @@ class Handle:
     @property
     def plan(self) -> list[tuple[Method, dict[str, Any]]]:
         """What runs, as a list that `compress()` and `save()` take."""
-        return [(stage.method, {"stage": stage.name, "keep": stage.keep}) for stage in self._stages]
+        return [(stage.method, {"stage": stage.name, **stage.settings}) for stage in self._stages]
 
     @property
     def last(self) -> list[Record]:
@@ -65,7 +68,8 @@ class Handle:
         """One line per stage: what runs where, with which budget and options, and what it last did."""
         lines = [] if self._on else ["removed from its model; it was:"]
         for stage in self._stages:
-            line = f"{stage.name}: {stage.method} keep={stage.keep}"
+            line = f"{stage.name}: {stage.method} "
+            line += " ".join(f"{name}={value}" for name, value in stage.settings.items())
             if stage.last:
                 counts = [f"{r.entering['decoder']} of {r.entering['features']}" for r in stage.last]
                 line += f"; tokens kept in the last forward: {', '.join(counts)}"
@@ -79,6 +83,7 @@ class Handle:
         delattr(self._base, _HANDLE)
         for stage in reversed(self._stages):
             stage.remove()
+        _forget_graphs()
 
     def __enter__(self) -> Handle:
         return self
@@ -93,28 +98,40 @@ def compress(
     keep: int | float | None = None,
     *,
     stage: str | None = None,
+    positions: str | None = None,
+    allocate: str = "proportional",
     replace: bool = False,
     **options: Any,
 ) -> Handle:
     """Makes a model carry fewer vision tokens from now on, in place; its calls stay as they are.
 
-    model    a transformers vision-language model of a known family; a PEFT wrapper around one is opened
-    method   a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ..., options})
-    keep     the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per image
-             (an image with fewer keeps all of its own). Exactly that many come out. As soon as one patch
-             token of an image is dropped, its newline tokens and a CLS token go too
-    stage    where the reduction takes effect; the method's default where None
-    replace  True: an earlier compression of this model is removed first
-    options  the method's own fields, where it is given by name
+    model      a transformers vision-language model of a known family; wrappers of PEFT and torch.compile
+               around one are opened
+    method     a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ...,
+               options})
+    keep       the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per
+               image or video (one with fewer keeps all of its own). Exactly that many come out. As soon as
+               one patch token of an image is dropped, its newline tokens and a CLS token go too
+    stage      where the reduction takes effect; the method's default where None
+    positions  "keep": kept tokens have the positions they had; "repack": positions are counted anew without
+               the dropped ones. None: as the method's own code does it, and "keep" where positions have
+               several components (M-RoPE), which cannot be counted anew
+    allocate   how an image's budget is shared over its tiles, a video's over its frames: "proportional", each
+               by its size; "joint", all are one row in which tokens compete; "whole", as many whole ones as
+               fit, evenly spread
+    replace    True: an earlier compression of this model is removed first
+    options    the method's own fields, where it is given by name
 
-    Kept tokens keep their positions. While compressed, `get_image_features` marks dropped tokens by NaN.
+    While compressed, `get_image_features` and `get_video_features` mark dropped tokens by NaN. What
+    torch.compile made of any model is compiled again at its next call, because it does not see hooks that
+    come and go.
 
-    Raises ValueError for an unknown method, option, model or stage, a budget out of range, or a need that the
-    model cannot serve; TypeError for a budget or model of the wrong type; RuntimeError for a model that is
-    compressed or compiled already. The model is then as it was.
+    Raises ValueError for an unknown method, option, model, stage or setting, a budget out of range, or a need
+    that the model cannot serve; TypeError for a budget or model of the wrong type; RuntimeError for a model
+    that is compressed already. The model is then as it was.
     """
     model = unwrap(model)
-    steps = _steps(method, keep, stage, options)
+    steps = _steps(method, keep, stage, positions, allocate, options)
     handle = current(model)
     if handle is not None and not replace:
         raise RuntimeError(
@@ -122,7 +139,7 @@ def compress(
             "call vtc.restore(model) first, or pass replace=True"
         )
     vision = open_host(model)
-    stages = [_STAGES[where](vision, rule, budget) for rule, where, budget in steps]
+    stages = [_stage(vision, **step) for step in steps]
     # Nothing was touched so far: whatever is refused is refused above.
     if handle is not None:
         handle.remove()
@@ -130,6 +147,7 @@ def compress(
     setattr(vision.base, _HANDLE, handle)
     for part in stages:
         part.install()
+    _forget_graphs()
     return handle
 
 
@@ -148,19 +166,38 @@ def restore(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper. Raises TypeError for no model, RuntimeError for a compiled one."""
+    """The model inside a wrapper of torch.compile or PEFT. Raises TypeError for no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # torch.compile
     if hasattr(model, "get_base_model"):  # PEFT
         model = model.get_base_model()
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise RuntimeError("the model is compiled already: call vtc.compress() before torch.compile()")
-    return model
+    return getattr(model, "_orig_mod", model)
 
 
-def _steps(plan: Plan, keep: Any, stage: str | None, options: dict) -> list[tuple[Method, str, int | float]]:
+def _forget_graphs() -> None:
+    """Compiled graphs have no guard on hooks: they would go on without new ones, and with removed ones."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _stage(
+    vision: Vision, method: Method, stage: str, keep: Any, positions: str | None, allocate: str
+) -> Any:
+    if positions == "repack" and vision.mrope:
+        raise ValueError(
+            f"positions='repack' is not defined on {vision.host.name}, whose positions are grids of several "
+            "components: use positions='keep'"
+        )
+    if positions is None:
+        positions = "keep" if vision.mrope else method.positions
+    return _STAGES[stage](vision, method, keep, positions, allocate)
+
+
+def _steps(plan: Plan, keep: Any, stage: Any, positions: Any, allocate: str, options: dict) -> list[dict]:
+    """What to run, one dict of _stage()'s arguments for each step."""
     if isinstance(plan, list):
-        if keep is not None or stage is not None or options:
+        if (keep, stage, positions, allocate) != (None, None, None, "proportional") or options:
             raise ValueError(
                 "with a list of methods, give keep, stage and options in the list: ('tome', {'keep': 0.5})"
             )
@@ -171,16 +208,21 @@ def _steps(plan: Plan, keep: Any, stage: str | None, options: dict) -> list[tupl
                 )
         steps = [_step(method, **settings) for method, settings in plan]
     else:
-        steps = [_step(plan, keep=keep, stage=stage, **options)]
-    names = [where for _, where, _ in steps]
+        steps = [_step(plan, keep, stage, positions, allocate, **options)]
+    names = [step["stage"] for step in steps]
     if not steps or len(set(names)) < len(names):
         raise ValueError(f"give one method for each stage, at least one: got {names}")
     return steps
 
 
 def _step(
-    method: str | Method, keep: Any = None, stage: str | None = None, **options: Any
-) -> tuple[Method, str, int | float]:
+    method: str | Method,
+    keep: Any = None,
+    stage: str | None = None,
+    positions: str | None = None,
+    allocate: str = "proportional",
+    **options: Any,
+) -> dict[str, Any]:
     if isinstance(method, Method):
         if options:
             raise ValueError(f"options {sorted(options)} belong in the method: {type(method).__name__}(...)")
@@ -194,4 +236,19 @@ def _step(
     if where not in method.stages or where not in _STAGES:
         usable = ", ".join(name for name in method.stages if name in _STAGES) or "none"
         raise ValueError(f"method '{method.name}' does not run at stage {where!r}: it runs at {usable}")
-    return method, where, check_keep(keep)
+    if positions not in (None, "keep", "repack"):
+        raise ValueError(f"positions must be 'keep' or 'repack', not {positions!r}")
+    if allocate not in ALLOCATIONS:
+        raise ValueError(f"allocate must be one of {', '.join(ALLOCATIONS)}, not {allocate!r}")
+    if allocate == "joint" and method.needs_grid:
+        raise ValueError(
+            f"'{method.name}' reads the rows and columns of one picture, which tiles or frames taken "
+            "together have not: use allocate='proportional'"
+        )
+    return {
+        "method": method,
+        "stage": where,
+        "keep": check_keep(keep),
+        "positions": positions,
+        "allocate": allocate,
+    }

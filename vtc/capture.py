@@ -75,10 +75,16 @@ def missing(encoder: Encoder, need: Need) -> str | None:
     """What keeps this encoder from serving a need, or None where it can."""
     if need.kind not in _COMPUTE:
         return f"'{need.kind}', which is none of {', '.join(_COMPUTE)}"
+    tower = type(encoder.tower).__name__
+    if encoder.latent:
+        return f"{need.kind} of patches, but behind {tower} a resampler makes tokens that are no patches"
+    if not encoder.blocks:
+        return f"attention blocks, which {tower} has not"
     if need.kind == "cls_attention" and not encoder.has_cls:
-        return f"a CLS token, which {type(encoder.tower).__name__} has not"
-    if not hasattr(getattr(encoder.attention(0), "config", None), "_attn_implementation"):
-        return f"attention that {type(encoder.attention(0)).__name__} does not let be read"
+        return f"a CLS token, which {tower} has not"
+    attention = encoder.attention(0)
+    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+        return f"queries and keys that {type(attention).__name__} does not let be read"
     return None
 
 
@@ -93,28 +99,32 @@ class Recording:
     """What one forward of the encoder left behind."""
 
     capture: Capture
-    rows: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    found: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)  # (patches of a call, ...) each
     seconds: float = 0.0
 
     def add(self, layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
-        start = time.perf_counter()
+        start, encoder = time.perf_counter(), self.capture.encoder
         for kind, layers in self.capture.needs.items():
             if layer in layers:
                 with torch.no_grad():
-                    row = _COMPUTE[kind](query, key, scaling, mask)  # (rows, N_all, ...)
-                self.rows.setdefault((kind, layer), []).append(row[:, self.capture.encoder.prefix :])
+                    found = _COMPUTE[kind](query, key, scaling, mask, encoder.cls)  # (rows, N_all, ...)
+                found = found[:, encoder.prefix : found.shape[1] - encoder.suffix]
+                self.found.setdefault((kind, layer), []).append(found.flatten(0, 1))
         self.seconds += time.perf_counter() - start
 
     def extras(self) -> dict[str, Tensor]:
-        """Each need as (rows, layers, N, ...). Raises RuntimeError if a layer was not run."""
+        """Each need for all patches of the call, in the encoder's order: (patches, layers, ...).
+
+        Raises RuntimeError if a layer was not run.
+        """
         found = {}
         for kind, layers in self.capture.needs.items():
-            if any((kind, layer) not in self.rows for layer in layers):
+            if any((kind, layer) not in self.found for layer in layers):
                 raise RuntimeError(
                     f"the vision encoder ran without attention in layers {layers}, so there is no {kind}: "
                     "compress() the model again after changing its attention implementation"
                 )
-            found[kind] = torch.stack([torch.cat(self.rows[kind, layer]) for layer in layers], dim=1)
+            found[kind] = torch.stack([torch.cat(self.found[kind, layer]) for layer in layers], dim=1)
         return found
 
 
@@ -135,7 +145,11 @@ def _record_and_attend(module, query, key, value, attention_mask=None, scaling=N
 
     name = module.config._attn_implementation.removeprefix(_PREFIX)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    module.config.vtc_recorder(query, key, scale, attention_mask)
+    starts = kwargs.get("cu_seq_lens_q")  # several images in one row; a fused kernel keeps them apart
+    spans = [(0, query.shape[2])] if starts is None else list(zip(starts.tolist(), starts[1:].tolist()))
+    for start, stop in spans:
+        part = slice(start, stop)
+        module.config.vtc_recorder(query[:, :, part], key[:, :, part], scale, attention_mask)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -144,29 +158,41 @@ def _record_and_attend(module, query, key, value, attention_mask=None, scaling=N
 def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """Post-softmax attention of the given query rows, float32: (B, H, Q, N)."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped queries share keys
-    logits = (query @ key.transpose(-1, -2)).float() * scaling
+    logits = (query @ key.transpose(2, 3)).float() * scaling
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(dim=-1)
 
 
-def _cls_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    first = None if mask is None else mask[..., :1, :]
-    return _weights(query[:, :, :1], key, scaling, first)[:, :, 0].mean(dim=1)  # (B, N)
+def _cls_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
+    row = slice(0, 1) if cls == 0 else slice(-1, None)
+    first = None if mask is None else mask[..., row, :]
+    return _weights(query[:, :, row], key, scaling, first)[:, :, 0].mean(dim=1)  # (B, N)
 
 
-def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
+    """The mean over the queries that may see a key: images in one row do not thin each other out."""
     batch, heads, rows, _ = query.shape
     step = max(1, _ELEMENTS // (batch * heads * key.shape[2]))
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
+    if mask is None:
+        for chunk in query.split(step, dim=2):
+            total += _weights(chunk, key, scaling, None).sum(dim=(1, 2))  # (B, N)
+        return total / (heads * rows)
+    seen = total.clone()  # by how many queries
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    real = allowed[:, 0].any(dim=-2)  # (B, N) padding, which no query may see, asks nothing
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
-        part = mask if mask is None or mask.shape[-2] == 1 else mask[..., chunk, :]
-        total += _weights(query[:, :, chunk], key, scaling, part).sum(dim=(1, 2))  # (B, N)
-    return total / (heads * rows)
+        few, part = (m if m.shape[-2] == 1 else m[..., chunk, :] for m in (mask, allowed))
+        part = part[:, :1] & real[:, None, chunk, None]  # (B, 1, Q, N)
+        weights = _weights(query[:, :, chunk], key, scaling, few)
+        total += weights.masked_fill(~part, 0).sum(dim=(1, 2))
+        seen += part.sum(dim=(1, 2))
+    return total / (heads * seen.clamp_min(1))
 
 
-def _keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def _keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
     return key.mean(dim=1)  # (B, N, head_dim)
 
 

@@ -58,8 +58,8 @@ def _hosts(options: argparse.Namespace) -> None:
     """list the families of models"""
     from .hosts import HOSTS
 
-    rows = [(host.name, " ".join(host.model_types), " ".join(host.tower_types)) for host in HOSTS]
-    _print_columns([("family", "model_type", "vision towers"), *rows])
+    rows = [(host.name, " ".join(host.model_types)) for host in HOSTS]
+    _print_columns([("family", "model_type"), *rows])
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     """
     model = unwrap(model)
     vision, handle = open_host(model), current(model)
-    call = _first_token(model, inputs)
+    call = first_token(model, inputs)
     with _recording(model, handle) as recording, _observed(model, vision) as lengths:
         cache = [(layer.keys, layer.values) for layer in call().past_key_values.layers]
         records = recording.last
@@ -87,14 +87,14 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
         "peak_memory": peak_kind,
         "dtype": str(vision.decoder.dtype).removeprefix("torch."),
         "attention": vision.decoder.config._attn_implementation,
-        "device": _device_name(vision.decoder.device),
+        "device": device_name(vision.decoder.device),
     }
 
 
-def compare(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
-    """Median seconds of each function, run in turn A, B, A, B so that a drifting clock speed hits all alike.
+def compare(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds of each function in each round; they run in turn, A, B, A, B, after a round that is not timed.
 
-    Each runs once before the measurement.
+    What slows the machine for a while slows all functions of a round, so judge by ratios within rounds.
     """
     for function in functions.values():
         function()
@@ -102,7 +102,7 @@ def compare(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[s
     for _ in range(repeats):
         for name, function in functions.items():
             times[name].append(_seconds(function))
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
 def versions() -> dict[str, str | None]:
@@ -118,12 +118,12 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": _commit(),
-        "cpu": _device_name(torch.device("cpu")),
-        "gpu": _device_name(torch.device("cuda")) if torch.cuda.is_available() else None,
+        "cpu": device_name(torch.device("cpu")),
+        "gpu": device_name(torch.device("cuda")) if torch.cuda.is_available() else None,
     }
 
 
-def _first_token(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
+def first_token(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
     """A prefill as generate() runs it: a cache is filled and only the last position goes through the head."""
 
     def call() -> Any:
@@ -228,7 +228,7 @@ def _resident(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

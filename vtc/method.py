@@ -18,6 +18,12 @@ from torch import Tensor
 from .tokens import Reduction, Tokens
 
 Layer = int | float | slice
+SETTINGS = (
+    "stage",
+    "keep",
+    "positions",
+    "allocate",
+)  # what a plan says of a step beside the method's options
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     stages: ClassVar[tuple[str, ...]] = ("features",)
+    positions: ClassVar[str] = "keep"  # or "repack": what the paper's code does to the kept tokens' positions
+    needs_grid: ClassVar[bool] = False  # reads the rows and columns of one picture
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
 
     @property
@@ -171,7 +179,7 @@ def save(plan: list[tuple[Method | str, dict]], path: str | Path) -> None:
     steps = []
     for method, settings in plan:
         settings = dict(settings)
-        where = {name: settings.pop(name) for name in ("stage", "keep") if name in settings}
+        where = {name: settings.pop(name) for name in SETTINGS if name in settings}
         method = get_method(method, **settings) if isinstance(method, str) else method
         steps.append({**method.to_dict(), **where})
     Path(path).write_text(

@@ -16,22 +16,30 @@ from .parts import CLIP, IMAGE, LLAMA, PAD, SIGLIP, SUPPRESS, TEXT, VIDEO, VOCAB
 
 @dataclass(frozen=True)
 class Tiny:
-    """family: the entry of vtc's table it stands for. video: make_inputs(videos=...) works."""
+    """family   the entry of vtc's table it stands for
+    video    make_inputs(videos=...) works
+    works    False where compress() must refuse it
+    blurred  a token is made of more patches than those behind it, by convolution or interpolation
+    lacks    what the bare model cannot do: "static", "chunked", "beams", "chats", "eager", "text"
+    """
 
     build: Callable[[], tuple[nn.Module, MakeInputs]]
     family: str
-    video: bool
+    video: bool = False
+    works: bool = True
+    blurred: bool = False
+    lacks: tuple[str, ...] = ()
 
 
 HOSTS: dict[str, Tiny] = {}
 
 
-def host(name: str, family: str | None = None, video: bool = False):
-    """Decorator of a function () -> (model, make_inputs). `family` is `name` where None."""
+def host(name: str, family: str | None = None, **facts):
+    """Decorator of a function () -> (model, make_inputs). `family` is `name` where None; facts as in Tiny."""
 
     def add(function):
         assert name not in HOSTS
-        HOSTS[name] = Tiny(function, family or name, video)
+        HOSTS[name] = Tiny(function, family or name, **facts)
         return function
 
     return add

@@ -11,7 +11,10 @@ from .parts import CLIP, IMAGE, LLAMA, SIGLIP, Grouped, Inputs, MakeInputs, make
 WHOLE = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
-}  # what a tower without CLS needs
+}  # the hosts that tests of single features run on
+LLAVA = ("llava-clip", "llava-clip-full", "llava-siglip", "llava_next-clip", "llava_next-siglip")
+
+# what a tower without CLS needs
 
 
 def llava(tower: dict, **config) -> tuple[nn.Module, MakeInputs]:

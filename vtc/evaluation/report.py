@@ -92,9 +92,9 @@ def methods_table() -> str:
 
 def hosts_table() -> str:
     """All families of models that `compress()` knows."""
-    rows = [["family", "`model_type`", "vision towers"]]
-    rows += [[h.name, ", ".join(f"`{t}`" for t in h.model_types), ", ".join(h.tower_types)] for h in HOSTS]
-    return tables.markdown(rows, "lll")
+    rows = [["family", "`model_type`"]]
+    rows += [[h.name, ", ".join(f"`{t}`" for t in h.model_types)] for h in HOSTS]
+    return tables.markdown(rows, "ll")
 
 
 def source(board: Board, html: bool = False) -> str:

@@ -7,19 +7,32 @@ from dataclasses import dataclass
 from torch import nn
 
 from .host import Host
-from .structure import Encoder, find_blocks, prefix_length
-from .table import HOSTS
+from .structure import Encoder
+from .table import HOSTS, REFUSED
 
 
 @dataclass
 class Vision:
-    """A host found in a loaded model: the modules that carry vision tokens, in the order they are met."""
+    """A host found in a loaded model: the modules that carry vision tokens, in the order they are met.
+
+    video_encoder is the image encoder itself except where a family has one of its own for videos. projector
+    is None where the tower holds it. base, the model without its language head, owns get_image_features.
+    """
 
     host: Host
-    base: nn.Module  # the model without its language head; owns get_image_features
+    model: nn.Module
+    base: nn.Module
     encoder: Encoder
-    projector: nn.Module
+    video_encoder: Encoder
+    projector: nn.Module | None
     decoder: nn.Module
+
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have several components, which cannot be counted anew."""
+        text = self.decoder.config
+        rope = getattr(text, "rope_parameters", None) or {}
+        return "mrope_section" in rope or any("mrope_section" in v for v in rope.values() if type(v) is dict)
 
 
 def find_host(model: nn.Module) -> Host:
@@ -28,10 +41,11 @@ def find_host(model: nn.Module) -> Host:
     for host in HOSTS:
         if model_type in host.model_types:
             return host
-    known = ", ".join(list_hosts())
+    if model_type in REFUSED:
+        raise ValueError(f"{type(model).__name__} cannot be compressed: {REFUSED[model_type]}")
     raise ValueError(
-        f"{type(model).__name__} (model_type {model_type!r}) is no known host: vtc compresses {known}; "
-        "the README tells how to add one"
+        f"{type(model).__name__} (model_type {model_type!r}) is no known host: `vtc hosts` lists the "
+        f"{len(HOSTS)} families that vtc compresses; the README tells how to add one"
     )
 
 
@@ -40,19 +54,22 @@ def open_host(model: nn.Module) -> Vision:
     host = find_host(model)
     base = model.base_model
     try:
-        tower, projector = base.get_submodule(host.tower), base.get_submodule(host.projector)
+        tower = base.get_submodule(host.tower)
+        video_tower = base.get_submodule(host.video_tower or host.tower)
+        projector = base.get_submodule(host.projector) if host.projector else None
     except AttributeError as error:
-        raise ValueError(
-            f"{type(model).__name__} has no {host.tower} or {host.projector}: {error}"
-        ) from error
-    tower_type = tower.config.model_type
-    if tower_type not in host.tower_types:
-        raise ValueError(
-            f"{host.name} with a '{tower_type}' vision tower is not supported yet: "
-            f"supported towers are {', '.join(host.tower_types)}"
-        )
-    encoder = Encoder(tower, find_blocks(tower), prefix_length(tower))
-    return Vision(host, base, encoder, projector, base.get_decoder())
+        raise ValueError(f"{type(model).__name__} is not built as {host.name} models are: {error}") from error
+    encoder = Encoder.of(tower, host.cls_last, host.latent)
+    same = video_tower is tower
+    video_encoder = encoder if same else Encoder.of(video_tower, host.cls_last, host.latent)
+    return Vision(host, model, base, encoder, video_encoder, projector, _layers_owner(base.get_decoder()))
+
+
+def _layers_owner(decoder: nn.Module) -> nn.Module:
+    """The stack of layers, also where a family holds it together with its language head."""
+    while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
+        decoder = decoder.model
+    return decoder
 
 
 def list_hosts() -> list[str]:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..record import Tile
+
+if TYPE_CHECKING:
+    from . import Vision
 
 
 @dataclass
 class Layout:
-    """Where the patch tokens of one image lie among the tokens that it sends to the language model.
+    """Where the patch tokens of one image or video lie among the tokens that it sends to the language model.
 
-    tiles    its rectangles of patch tokens
-    patches  for each tile (n, m): the encoder patches behind each of its n tokens, counted over all
-             encoder rows of the call, CLS and registers not counted; m = 1 unless the projector merges
+    tiles    its rectangles of patch tokens: the whole image, its tiles, or the frames of a video
+    patches  for each tile (n, m): the encoder tokens behind each of its n tokens, counted over all encoder
+             rows of the call one after the other, CLS and registers not counted; m > 1 where the projector
+             merges. None where the tokens are queries of a resampler and no patch is behind any of them
+    pixels   what the encoder was given for this image: tells pictures apart, nothing else is read from it
+    length   all its tokens, where there are others beside patch tokens: CLS, newlines, separators
     """
 
     tiles: list[Tile]
-    patches: list[Tensor]
+    patches: list[Tensor] | None
+    pixels: Tensor
+    length: int = 0
+
+    def __post_init__(self):
+        self.length = self.length or self.n
 
     @property
     def n(self) -> int:
@@ -31,30 +42,39 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         tiles = [replace(tile, slots=tile.slots.to(device)) for tile in self.tiles]
-        return Layout(tiles, [patches.to(device) for patches in self.patches])
+        patches = None if self.patches is None else [patches.to(device) for patches in self.patches]
+        return replace(self, tiles=tiles, patches=patches)
 
 
-# (base model, arguments of get_image_features, features of each image) -> layout of each image
-LayoutFunction = Callable[[nn.Module, dict[str, Any], list[Tensor]], list[Layout]]
+# (the host, arguments of get_image_features or get_video_features, the items it returned) -> the layout of
+# each image, in the order of their tokens. An item may be an image, a tile, a frame, or a prompt's images.
+LayoutFunction = Callable[["Vision", dict[str, Any], list[Tensor]], list[Layout]]
 
 
 @dataclass(frozen=True)
 class Host:
-    """One family. `tower` and `projector` are attribute paths from the base model."""
+    """One family. `tower`, `video_tower` and `projector` are attribute paths from the base model.
+
+    layout      of images; None where the family has none
+    video       of videos; None where the family has none
+    features    the field of the features' output that is put into the prompt
+    deep        the field with further features of the same tokens, for early decoder layers (DeepStack)
+    tiled       an image may become several encoder rows
+    latent      tokens are queries of a resampler: no attention or keys of patches belong to them
+    cls_last    CLS stands behind the patches, not in front of them
+    resizable   the tower takes smaller pictures, and the projector works token by token
+    """
 
     name: str
     model_types: tuple[str, ...]
-    tower_types: tuple[str, ...]
-    layout: LayoutFunction
+    layout: LayoutFunction | None = None
+    video: LayoutFunction | None = None
     tower: str = "vision_tower"
+    video_tower: str | None = None
     projector: str = "multi_modal_projector"
-    tiled: bool = False  # an image may become several encoder rows
-    features: str = "pooler_output"  # the field of get_image_features' output that is scattered
-
-
-def whole_image(row: int, grid: tuple[int, int], first_slot: int, device: torch.device) -> Layout:
-    """One untiled image: encoder row `row`, its patches in raster order behind `first_slot` other tokens."""
-    n = grid[0] * grid[1]
-    slots = torch.arange(first_slot, first_slot + n, device=device)
-    patches = torch.arange(row * n, (row + 1) * n, device=device)
-    return Layout([Tile(slots, grid)], [patches[:, None]])
+    features: str = "pooler_output"
+    deep: str | None = None
+    tiled: bool = False
+    latent: bool = False
+    cls_last: bool = False
+    resizable: bool = False

@@ -1,64 +1,146 @@
-"""LLaVA-NeXT: a thumbnail, then tiles cut back to the image's shape, a newline token after each row."""
+"""LLaVA-NeXT and its kin: a thumbnail, then tiles cut back to the image's shape, a newline token after each
+row. A token may be made of several patches, and the tiles of a large image may be interpolated to fewer."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import math
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..record import Tile
 from .host import Layout
+from .raster import patches_behind
+
+if TYPE_CHECKING:
+    from . import Vision
+
+_CPU = torch.device("cpu")  # where reading numbers back costs no synchronisation
+_UNLIMITED = {"vision_aspect_ratio": "anyres_max_1000000"}  # no image has more tiles: none is interpolated
 
 
-def llava_next_layout(base: nn.Module, arguments: dict[str, Any], features: list[Tensor]) -> list[Layout]:
-    """Runs the model's own packing on patch numbers, so that tiling and un-padding need no maths here.
+def llava_next_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
+    """Runs the model's own packing on token numbers, so that tiling and un-padding need no maths here.
 
     Raises ValueError where the packed features do not have the packed numbers' length.
     """
+    rate = Fraction(getattr(vision.base.config, "downsample_rate", 1))  # tokens for each patch on a side
+    side = _side(vision)
+    patches = patches_behind((side, side), (int(side * rate), int(side * rate)), _CPU)
+    tiles = _count_tiles(vision, arguments)
+    cut = zip(_pack(vision, arguments, tiles, len(patches)), tiles, strict=True)
+    layouts = [_layout(numbers, count, patches) for numbers, count in cut]
+    return _finish(layouts, tiles, side, arguments, items)
+
+
+def llava_onevision_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
+    """As llava_next_layout, where images of many tiles are made smaller behind the encoder: these are two
+    rectangles, the thumbnail and a blend of all tiles."""
+    side = _side(vision)
+    patches = patches_behind((side, side), (side, side), _CPU)
+    tiles = _count_tiles(vision, arguments)
+    layouts = []
+    for numbers, whole, count in zip(
+        _pack(vision, arguments, tiles, len(patches)),
+        _pack(vision, arguments, tiles, len(patches), **_UNLIMITED),
+        tiles,
+        strict=True,
+    ):
+        same = len(numbers) == len(whole)
+        layouts.append(_layout(whole, count, patches) if same else _blend(numbers, whole, len(patches)))
+    return _finish(layouts, tiles, side, arguments, items)
+
+
+def _side(vision: Vision) -> int:
+    """Patches on a tile's side."""
+    config = vision.base.config.vision_config
+    return config.image_size // config.patch_size
+
+
+def _count_tiles(vision: Vision, arguments: dict[str, Any]) -> list[int]:
+    """For each image, thumbnail included. Some families do not tile the images of a prompt with several."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    config = base.config
-    sizes = arguments["image_sizes"]
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    strategy = arguments.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
-    tiles = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-        for size in sizes
+    config, sizes = vision.base.config, arguments["image_sizes"]
+    together = arguments.get("batch_num_images")
+    alone = [True] * len(sizes) if together is None else [n == 1 for n in together for _ in range(n)]
+    size = config.vision_config.image_size
+    return [
+        image_size_to_num_patches(image, config.image_grid_pinpoints, size) if tiled else 1
+        for image, tiled in zip(sizes, alone, strict=True)
     ]
-    # On the CPU, where reading the result back costs no synchronisation; float64 counts exactly.
-    numbers = torch.arange(sum(tiles) * side * side, dtype=torch.float64).view(-1, side * side, 1)
-    newline = torch.tensor([-1.0], dtype=torch.float64)
-    packed, _ = base.pack_image_features(numbers.split(tiles), sizes, strategy, image_newline=newline)
-    layouts, first_row = [], 0
-    for image, (feature, number) in enumerate(zip(features, packed, strict=True)):
-        if len(feature) != len(number):
+
+
+def _pack(
+    vision: Vision, arguments: dict[str, Any], tiles: list[int], n: int, **options: Any
+) -> list[Tensor]:
+    """For each image the numbers of its tokens in their final order, n for each tile, -1 for a newline."""
+    config, pack = vision.base.config, vision.base.pack_image_features
+    given = {"image_newline": torch.tensor([-1.0], dtype=torch.float64)}  # which counts exactly
+    for name in ("vision_feature_select_strategy", "vision_aspect_ratio"):
+        given[name] = options.get(name) or arguments.get(name) or getattr(config, name, None)
+    given = {name: value for name, value in given.items() if name in inspect.signature(pack).parameters}
+    numbers = [torch.arange(count * n, dtype=torch.float64).view(count, n, 1) for count in tiles]
+    packed = pack(numbers, arguments["image_sizes"], **given)
+    packed = packed[0] if isinstance(packed, tuple) else packed
+    return [numbers[:, 0].long() for numbers in packed]
+
+
+def _finish(
+    layouts: list[Layout], tiles: list[int], side: int, arguments: dict[str, Any], items: list[Tensor]
+) -> list[Layout]:
+    """Counts patches over all images, which are numbered image by image so far."""
+    first = 0
+    for image, (layout, count, item) in enumerate(zip(layouts, tiles, items, strict=True)):
+        if len(item) != layout.length:
             raise ValueError(
-                f"image {image} has {len(feature)} features where its tiles give {len(number)}: "
+                f"image {image} has {len(item)} features where its tiles give {layout.length}: "
                 "check vision_feature_select_strategy, it must fit the vision tower"
             )
-        layouts.append(_layout(number[:, 0].long(), first_row, tiles[image], side).to(feature.device))
-        first_row += tiles[image]
-    return layouts
+        layout.patches = [patches + first * side**2 for patches in layout.patches]
+        layout.pixels = arguments["pixel_values"][image]
+        first += count
+    return [layout.to(item.device) for layout, item in zip(layouts, items)]
 
 
-def _layout(numbers: Tensor, first_row: int, tiles: int, side: int) -> Layout:
-    """numbers (n_slots,): the patch behind each token, -1 for a newline."""
-    owner = torch.where(numbers < 0, -1, numbers // (side * side)) - first_row
-    found = [_tile(numbers, owner == tile, side) for tile in range(tiles)]
-    layout = Layout(
-        [tile for tile, _ in found if len(tile.slots)], [p for tile, p in found if len(tile.slots)]
-    )
+def _layout(numbers: Tensor, tiles: int, patches: Tensor) -> Layout:
+    """numbers (n_slots,) of the tokens of an image; patches (n, m) behind each token of a tile."""
+    n = len(patches)
+    owner = torch.where(numbers < 0, -1, numbers // n)
+    found = [_tile(numbers, owner == tile, patches) for tile in range(tiles)]
+    found = [(tile, behind) for tile, behind in found if len(tile.slots)]
+    layout = Layout([tile for tile, _ in found], [behind for _, behind in found], numbers, len(numbers))
     layout.tiles[0].thumbnail = len(layout.tiles) > 1
     _set_boxes(layout, numbers)
     return layout
 
 
-def _tile(numbers: Tensor, mine: Tensor, side: int) -> tuple[Tile, Tensor]:
+def _tile(numbers: Tensor, mine: Tensor, patches: Tensor) -> tuple[Tile, Tensor]:
     slots = mine.nonzero()[:, 0]
-    patches = numbers[slots]  # ascending within a tile: raster order
-    rows = len((patches % (side * side) // side).unique())
-    return Tile(slots, (rows, len(slots) // max(rows, 1))), patches[:, None]
+    tile, token = numbers[slots] // len(patches), numbers[slots] % len(patches)  # raster order within a tile
+    rows = len((token // math.isqrt(len(patches))).unique())
+    total = len(patches) * patches.shape[1]
+    return Tile(slots, (rows, len(slots) // max(rows, 1))), patches[token] + (tile * total)[:, None]
+
+
+def _blend(numbers: Tensor, whole: Tensor, n: int) -> Layout:
+    """An interpolated image: `numbers` of its tokens, `whole` of those it was made of, one for each patch."""
+    (rows, cols), (old_rows, old_cols) = _shape(numbers[n:]), _shape(whole[n:])
+    behind = patches_behind((old_rows, old_cols), (rows, cols), _CPU)
+    patches = whole[n:].view(old_rows, old_cols + 1)[:, :-1].flatten()[behind]
+    slots = torch.arange(n, len(numbers)).view(rows, cols + 1)[:, :-1].flatten()
+    side = math.isqrt(n)
+    tiles = [Tile(torch.arange(n), (side, side), thumbnail=True), Tile(slots, (rows, cols))]
+    return Layout(tiles, [torch.arange(n)[:, None], patches], numbers, len(numbers))
+
+
+def _shape(numbers: Tensor) -> tuple[int, int]:
+    """Rows and columns of tokens between newlines."""
+    cols = int((numbers < 0).nonzero()[0, 0])
+    return len(numbers) // (cols + 1), cols
 
 
 def _set_boxes(layout: Layout, numbers: Tensor) -> None:
@@ -67,8 +149,7 @@ def _set_boxes(layout: Layout, numbers: Tensor) -> None:
     if not crops:
         return
     first = int(crops[0].slots[0])  # the tokens of the tile grid follow the thumbnail's
-    width = int((numbers[first:] < 0).nonzero()[0, 0])  # patches between two newlines
-    height = (len(numbers) - first) // (width + 1)
+    height, width = _shape(numbers[first:])
     for tile in crops:
         row, col = divmod(int(tile.slots[0]) - first, width + 1)
         rows, cols = tile.grid

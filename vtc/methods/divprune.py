@@ -23,6 +23,7 @@ class DivPrune(Select):
 
     name = "divprune"
     paper = "arXiv:2503.02175"
+    positions = "repack"
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
         x = F.normalize(tokens.x.float(), dim=-1)

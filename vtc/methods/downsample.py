@@ -21,6 +21,7 @@ class Downsample(Merge):
     """
 
     name = "downsample"
+    needs_grid = True
     lowers_resolution = True
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:

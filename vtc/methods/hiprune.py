@@ -27,6 +27,8 @@ class HiPrune(Select):
 
     name = "hiprune"
     paper = "arXiv:2508.00553"
+    positions = "repack"
+    needs_grid = True
 
     alpha: float = 0.1
     middle: Layer = 8.5 / 24

@@ -13,6 +13,7 @@ class Pool(Merge):
     """Averages the tokens of k about equal rectangles."""
 
     name = "pool"
+    needs_grid = True
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:
         device, batch = tokens.x.device, len(tokens.x)

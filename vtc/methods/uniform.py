@@ -15,6 +15,7 @@ class Uniform(Select):
     """Keeps a regular sub-grid: the centres of k about equal rectangles."""
 
     name = "uniform"
+    needs_grid = True
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
         return centres(tokens.grid, k, tokens.x.device).expand(len(tokens.x), k)

@@ -20,6 +20,7 @@ class VTCCLS(Select):
 
     name = "vtc-cls"
     paper = "arXiv:2412.05819"
+    positions = "repack"
 
     start: int | float = 14 / 24
     stop: int = -1

@@ -20,12 +20,16 @@ class CacheState:
     length   how many physical positions `mask` describes
     mask     (B, length) True for real tokens, False for padding; None: no padding
     shrunk   how many positions a static cache gave up
+    shift    (B,) by how much positions were moved down; None: tokens keep their positions
+    types    kinds of the tokens by name, (B, length) each, for hosts whose masks depend on them; else None
     """
 
     removed: int
     length: int
     mask: Tensor | None
     shrunk: int = 0
+    shift: Tensor | None = None
+    types: dict[str, Tensor] | None = None
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -73,15 +77,15 @@ def _shortened(cls: type) -> type:
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
-            _move_rows(self, lambda mask: mask.index_select(0, beam_idx.to(mask.device)))
+            _move_rows(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
-            _move_rows(self, lambda mask: mask.repeat_interleave(repeats, dim=0))
+            _move_rows(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
         def batch_select_indices(self, indices: Tensor) -> None:
             super().batch_select_indices(indices)
-            _move_rows(self, lambda mask: mask[indices])
+            _move_rows(self, lambda rows: rows[indices])
 
         def reset(self) -> None:
             super().reset()
@@ -98,10 +102,12 @@ def _shortened(cls: type) -> type:
 
 
 def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
-    """Padding goes with the rows it belongs to."""
+    """What is known of the rows goes with them."""
     state = getattr(cache, _STATE)
-    if state.mask is not None:
-        setattr(cache, _STATE, replace(state, mask=move(state.mask)))
+    moved = {name: move(value) for name in ("mask", "shift") if (value := getattr(state, name)) is not None}
+    if state.types is not None:
+        moved["types"] = {name: move(value) for name, value in state.types.items()}
+    setattr(cache, _STATE, replace(state, **moved))
 
 
 def _rebuild(cls: type, attributes: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..allocate import ALLOCATIONS
 from ..capture import Capture, Recording
 from ..hosts import Vision
-from ..hosts.host import Layout
+from ..hosts.host import Layout, LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
-from ..tokens import Reduction, Tokens, check_keep, count_kept, share
+from ..tokens import Reduction, Tokens, check_keep, count_kept
+from .fields import items, join, put
 from .resolution import LowResolution
 from .shorten import Shortening
 
@@ -27,16 +30,19 @@ _STAGE = "_vtc_features"
 
 
 class FeaturesStage:
-    """Wraps `get_image_features` of one model instance and marks the tokens that a method drops with NaN."""
+    """Wraps the methods of one model instance that make features of images and videos, and marks the tokens
+    that a method drops with NaN."""
 
     name = "features"
 
-    def __init__(self, vision: Vision, method: Method, keep: int | float):
+    def __init__(self, vision: Vision, method: Method, keep: int | float, positions: str, allocate: str):
         self.vision, self.method = vision, method
-        self.last: list[Record] = []
+        self.positions, self.allocate = positions, allocate
         self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
-        self.capture = Capture(vision.encoder, method.needs, method.name)
-        self.shortening = Shortening(vision)
+        self._records: dict[str, list[Record]] = {}  # by source, of the last forward
+        self._nested: set[int] = set()  # threads inside one of the wrapped methods
+        self.sources = _sources(vision, method)
+        self.shortening = Shortening(vision, repack=positions == "repack")
         self.resolution = LowResolution(vision) if method.lowers_resolution else None
         self.keep = self.check(keep)
 
@@ -46,14 +52,25 @@ class FeaturesStage:
             self.resolution.check(keep)
         return check_keep(keep)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"keep": self.keep, "positions": self.positions, "allocate": self.allocate}
+
+    @property
+    def last(self) -> list[Record]:
+        """Images, then videos, of the last forward that had any."""
+        return [record for name in self.sources for record in self._records.get(name, ())]
+
     def install(self) -> None:
         base = self.vision.base
-        self.original = base.get_image_features.__func__
-        self.was_wrapped = "get_image_features" in vars(base)
         setattr(base, _STAGE, self)
-        self.marking = _marking(self.original)
-        base.get_image_features = MethodType(self.marking, base)
-        self.capture.install()
+        for name, source in self.sources.items():
+            source.original = getattr(base, name).__func__
+            source.was_wrapped = name in vars(base)
+            source.marking = _marking(name, source.original)
+            setattr(base, name, MethodType(source.marking, base))
+        for capture in self._captures():
+            capture.install()
         self.shortening.install()
         if self.resolution:
             self.resolution.install(self)
@@ -61,53 +78,82 @@ class FeaturesStage:
     def remove(self) -> None:
         base = self.vision.base
         delattr(base, _STAGE)
-        now = vars(base).get("get_image_features")
-        if (
-            now is not None and getattr(now, "__func__", None) is self.marking
-        ):  # else a caller wrapped it again
-            del base.get_image_features
-            if self.was_wrapped:
-                base.get_image_features = MethodType(self.original, base)
-        self.capture.remove()
+        for name, source in self.sources.items():
+            if getattr(vars(base).get(name), "__func__", None) is source.marking:  # else wrapped once more
+                delattr(base, name)
+                if source.was_wrapped:
+                    setattr(base, name, MethodType(source.original, base))
+        for capture in self._captures():
+            capture.remove()
         self.shortening.remove()
         if self.resolution:
             self.resolution.remove()
 
-    def features(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own get_image_features returns, dropped tokens marked by rows of NaN."""
+    def _captures(self) -> list[Capture]:
+        return list({id(source.capture): source.capture for source in self.sources.values()}.values())
+
+    def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own method returns, dropped tokens marked by rows of NaN."""
+        source, thread = self.sources[name], threading.get_ident()
+        if thread in self._nested:  # videos of many families go through the method for images
+            return source.original(base, *args, **kwargs)
         # Then nothing has to be scored. A whole number 1 is one token.
         everything = isinstance(self.keep, float) and self.keep == 1
-        with nullcontext() if everything else self.capture.recording() as recording:
-            output = self.original(base, *args, **kwargs)
+        self._nested.add(thread)
+        try:
+            with nullcontext() if everything else source.capture.recording() as recording:
+                output = source.original(base, *args, **kwargs)
+        finally:
+            self._nested.discard(thread)
         start = time.perf_counter()
-        key = self.vision.host.features
         if isinstance(output, tuple):
             raise ValueError("compressed image features come as an output object: call with return_dict=True")
-        given = inspect.signature(self.original).bind(base, *args, **kwargs).arguments
-        features = list(output[key])
-        layouts = self.vision.host.layout(base, given, features)
-        lots = _lots(given["pixel_values"])
-        rows = [row for image in enumerate(layouts) for row in _rows(*image, self.keep, lots)]
-        reduced, self.last = self._reduce(rows, features, layouts, recording)
+        given = inspect.signature(source.original).bind(base, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        self._mark(name, output, given, recording)
+        self.spent += time.perf_counter() - start + (0.0 if everything else recording.seconds)
+        return output
+
+    def _mark(self, name: str, output: Any, given: dict[str, Any], recording: Recording | None) -> None:
+        """Reduces the features in an output object, image by image, and notes what became of each."""
+        host = self.vision.host
+        layouts = self.sources[name].layout(self.vision, given, items(output[host.features]))
+        tokens, width = join(output, host.features, host.deep)  # (all tokens, D and more)
+        if sum(layout.length for layout in layouts) != len(tokens):
+            raise RuntimeError(
+                f"{host.name} made {len(tokens)} features where its layout expects "
+                f"{[layout.length for layout in layouts]}: please report this with the inputs' shapes"
+            )
+        features = tokens.split([layout.length for layout in layouts])
+        rows = [
+            row
+            for image, layout in enumerate(layouts)
+            for row in _rows(image, layout, self.keep, self.allocate)
+        ]
+        reduced, records = self._reduce(rows, features, layouts, recording, width)
         dropped = any(new is not old for new, old in zip(reduced, features))
         if dropped:
-            output[key] = (
-                torch.stack(reduced) if isinstance(output[key], Tensor) else type(output[key])(reduced)
-            )
+            put(output, host.features, host.deep, torch.cat(reduced))
         self.shortening.seen(output, dropped)
-        self.spent = time.perf_counter() - start + (0.0 if everything else recording.seconds)
-        return output
+        if self.shortening.over():
+            self._records.clear()
+            self.spent = 0.0
+        self._records[name] = records
 
     def _reduce(
         self,
         rows: list[_Row],
-        features: list[Tensor],
+        features: tuple[Tensor, ...],
         layouts: list[Layout],
         recording: Recording | None,
+        width: int,
     ) -> tuple[list[Tensor], list[Record]]:
-        """features: for each image (n, D), newline tokens included. Same shapes come back."""
+        """features: for each image (n, D and more), newline tokens included. Same shapes come back.
+
+        The method sees the first `width` columns; all columns are reduced.
+        """
         if all(row.k == row.n for row in rows):
-            return features, [_whole(f, layout) for f, layout in zip(features, layouts)]
+            return list(features), [_whole(f, layout) for f, layout in zip(features, layouts)]
         if bool(torch.cat([f[:, 0] for f in features]).isnan().any()):
             raise RuntimeError(
                 "the image features hold NaN before any token was dropped: the vision encoder overflowed, "
@@ -116,9 +162,10 @@ class FeaturesStage:
         extras = recording.extras()
         groups = defaultdict(list)
         for row in rows:
-            groups[row.tile.grid, row.k, row.patches.shape[1]].append(row)
-        for (_, k, _), group in groups.items():
-            self._reduce_group(group, k, features, extras)
+            merged = None if row.patches is None else row.patches.shape[1]
+            groups[row.tile.grid, row.n, row.k, merged].append(row)
+        for (_, _, k, _), group in groups.items():
+            self._reduce_group(group, k, features, extras, width)
         results = [
             _assemble(feature, layout, [row for row in rows if row.image == image])
             for image, (feature, layout) in enumerate(zip(features, layouts))
@@ -126,32 +173,38 @@ class FeaturesStage:
         return [feature for feature, _ in results], [record for _, record in results]
 
     def _reduce_group(
-        self, group: list[_Row], k: int, features: list[Tensor], extras: dict[str, Tensor]
+        self,
+        group: list[_Row],
+        k: int,
+        features: tuple[Tensor, ...],
+        extras: dict[str, Tensor],
+        width: int,
     ) -> None:
         """Rows of one grid and one budget: the method sees them as one batch."""
         if k == 0:
             return
-        x = torch.stack([features[row.image][row.tile.slots] for row in group])  # (R, n, D)
+        x = torch.stack([features[row.image][row.tile.slots] for row in group])  # (R, n, D and more)
         if k == group[0].n:
             every = torch.arange(k, device=x.device).expand(len(group), k)
             reduction, new = Reduction.select(every, k), x
         else:
-            patches = torch.stack([row.patches for row in group])  # (R, n, m)
             tokens = Tokens(
-                x.detach(),
+                x[..., :width].detach(),
                 grid=group[0].tile.grid,
                 group=torch.tensor([row.image for row in group], device=x.device),
                 lot=torch.stack([row.lot for row in group]).to(x.device),
                 thumbnail=torch.tensor([row.tile.thumbnail for row in group], device=x.device),
-                extras={kind: _by_token(extra, patches) for kind, extra in extras.items()},
             )
+            if extras or self.resolution:
+                patches = torch.stack([row.patches for row in group])  # (R, n, m)
+                tokens.extras = {kind: _by_token(extra, patches) for kind, extra in extras.items()}
             if self.resolution:
                 tokens.extras["cell"] = self.resolution.cells(patches[..., 0])
             # Scores are what they are, whatever precision the model's own products have.
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 reduction = self.method.reduce(tokens, k)
             self._check(reduction, len(group), k)
-            new = reduction.apply(x)  # (R, k, D)
+            new = reduction.apply(x)  # (R, k, D and more)
         for i, row in enumerate(group):
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
@@ -165,15 +218,39 @@ class FeaturesStage:
             )
 
 
-def _marking(original: Any) -> Any:
-    """The instance's get_image_features. It finds its stage on the model, as a deep copy must."""
+@dataclass
+class _Source:
+    """One of the model's methods that make features."""
+
+    layout: LayoutFunction
+    capture: Capture
+    original: Any = None
+    marking: Any = None
+    was_wrapped: bool = False
+
+
+def _sources(vision: Vision, method: Method) -> dict[str, _Source]:
+    """Raises ValueError where an encoder cannot serve what the method needs."""
+    sources = {}
+    if vision.host.layout:
+        capture = Capture(vision.encoder, method.needs, method.name)
+        sources["get_image_features"] = _Source(vision.host.layout, capture)
+    if vision.host.video:
+        same = sources and vision.video_encoder is vision.encoder
+        capture = capture if same else Capture(vision.video_encoder, method.needs, method.name)
+        sources["get_video_features"] = _Source(vision.host.video, capture)
+    return sources
+
+
+def _marking(name: str, original: Any) -> Any:
+    """The instance's own method. It finds its stage on the model, as a deep copy must."""
 
     @functools.wraps(original)  # generate() reads the signature
-    def get_image_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def get_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stage = getattr(base, _STAGE, None)
-        return stage.features(base, *args, **kwargs) if stage else original(base, *args, **kwargs)
+        return stage.features(name, base, *args, **kwargs) if stage else original(base, *args, **kwargs)
 
-    return get_image_features
+    return get_features
 
 
 @dataclass
@@ -183,7 +260,7 @@ class _Row:
     image: int
     lot: Tensor  # ()
     tile: Tile
-    patches: Tensor  # (n, m)
+    patches: Tensor | None  # (n, m)
     k: int
     index: Tensor | None = None  # (k,) positions in the tile
     source: Tensor | None = None  # (n,)
@@ -194,25 +271,31 @@ class _Row:
         return len(self.tile.slots)
 
 
-def _rows(image: int, layout: Layout, keep: int | float, lots: Tensor) -> list[_Row]:
-    k = count_kept(keep, layout.n)
-    shares = share(k, [len(tile.slots) for tile in layout.tiles])
-    rows = zip(layout.tiles, layout.patches, shares, strict=True)
-    return [_Row(image, lots[image] + tile, *row) for tile, row in enumerate(rows)]
+def _rows(image: int, layout: Layout, keep: int | float, allocate: str) -> list[_Row]:
+    k, tiles = count_kept(keep, layout.n), layout.tiles
+    patches = layout.patches or [None] * len(tiles)
+    if allocate == "joint" and len(tiles) > 1:  # they have no common grid
+        tiles = [Tile(torch.cat([tile.slots for tile in tiles]), (1, layout.n))]
+        patches = [None if layout.patches is None else torch.cat(patches)]
+    split = ALLOCATIONS[allocate]
+    shares = [k] if split is None or len(tiles) == 1 else split(k, [len(tile.slots) for tile in tiles])
+    lot = _lot(layout.pixels)
+    return [
+        _Row(image, lot + tile, *row) for tile, row in enumerate(zip(tiles, patches, shares, strict=True))
+    ]
 
 
-def _lots(pixels: Tensor) -> Tensor:
-    """A number for each image (images, ...) that its own pixels decide, exactly: no batch size or order of
-    summation changes it, and tiles of zeros that pad it to another image's number of tiles add nothing."""
-    sample = pixels.detach().flatten(1)[:, ::97].contiguous()  # some thousand numbers tell pictures apart
+def _lot(pixels: Tensor) -> Tensor:
+    """A number that the pixels of an image decide, exactly: no batch size or order of summation changes it,
+    and tiles of zeros that pad it to another image's number of tiles add nothing."""
+    sample = pixels.detach().flatten()[::97].contiguous()  # some thousand numbers tell pictures apart
     bits = sample.view(torch.int16 if sample.itemsize == 2 else torch.int32).long()
-    return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(dim=1)
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
 
 
 def _by_token(extra: Tensor, patches: Tensor) -> Tensor:
-    """From patches (rows, layers, N, ...) to tokens made of patches (R, n, m): (R, layers, n, ...)."""
-    flat = extra.transpose(1, 2).flatten(0, 1)  # (rows * patches, layers, ...)
-    return flat.to(patches.device)[patches].mean(dim=2).transpose(1, 2)
+    """From patches (P, layers, ...) to tokens made of patches (R, n, m): (R, layers, n, ...)."""
+    return extra.to(patches.device)[patches].mean(dim=2).transpose(1, 2)
 
 
 def _assemble(feature: Tensor, layout: Layout, rows: list[_Row]) -> tuple[Tensor, Record]:

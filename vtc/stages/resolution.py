@@ -22,7 +22,8 @@ class LowResolution:
     """
 
     def __init__(self, vision: Vision):
-        if vision.encoder.tower.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        towers = ("clip_vision_model", "siglip_vision_model")
+        if not vision.host.resizable or vision.encoder.tower.config.model_type not in towers:
             raise ValueError(
                 f"{type(vision.encoder.tower).__name__} cannot see smaller pictures: use 'pool' or 'uniform'"
             )

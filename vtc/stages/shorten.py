@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from ..hosts import Vision
 from ..tokens import gather
+from .blocks import BlockMasks
 from .cache import CacheState, attach, physical_length, physical_mask, shrink_static, state_of
 
-_PIXELS = ("pixel_values", "pixel_values_videos")
 _HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+# What some families give their decoder besides, one entry for each token of the prompt: (B, L, ...).
+_PER_TOKEN = {"per_layer_inputs", "ple_input_ids", "moe_mm_token_type_ids", "mm_token_type_ids"}
+_VISUAL = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
 _TAG = "_vtc_dropped"  # on the class of what get_image_features returned: whether it holds marked rows
 
 
@@ -65,6 +68,8 @@ class _Call:
     seen: bool = False  # the features of this call went through the stage
     dropped: bool = False  # and some of their rows are marked, or may be
     mask: Tensor | None = None
+    foreign_mask: bool = False  # the caller gave a mask of another form, for the full prompt
+    types: dict[str, Tensor] = field(default_factory=dict)  # (B, any) kinds of tokens, for block masks
     plan: Plan | None = None
     state: CacheState | None = None
 
@@ -72,10 +77,15 @@ class _Call:
 class Shortening:
     """The hooks on the base model and its decoder."""
 
-    def __init__(self, vision: Vision):
-        self.base, self.decoder, self.host = vision.base, vision.decoder, vision.host
+    def __init__(self, vision: Vision, repack: bool):
+        self.base, self.decoder, self.host, self.repack = vision.base, vision.decoder, vision.host, repack
         self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
+        self._inputs = [
+            name for name in self._parameters if name.startswith(("pixel_values", "image_patches"))
+        ]
+        self._masks = BlockMasks.of(vision.model)
         self._calls: dict[int, _Call] = {}  # by thread
+        self._over: set[int] = set()  # threads whose last forward with images has ended
         self._hooks: list[Any] = []
 
     def install(self) -> None:
@@ -95,34 +105,46 @@ class Shortening:
     def seen(self, output: Any, dropped: bool) -> None:
         """The stage reports features that went through it. generate() encodes first and passes them later."""
         output.__class__ = _tagged(type(output), dropped)
-        if call := self._calls.get(threading.get_ident()):
+        if call := self._calls.get(_thread()):
             call.seen = True
             call.dropped |= dropped
+
+    def over(self) -> bool:
+        """Whether features that come now are the first of a new forward."""
+        over = _thread() in self._over
+        self._over.discard(_thread())
+        return over
 
     # -- the base model: what came in, before embeddings and features are mixed
 
     def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = {**dict(zip(self._parameters, args)), **kwargs}
         ready = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
-        self._calls[threading.get_ident()] = _Call(
-            vision=bool(ready) or any(given.get(name) is not None for name in _PIXELS),
+        mask = given.get("attention_mask")
+        self._calls[_thread()] = _Call(
+            vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
             seen=bool(ready) and all(hasattr(output, _TAG) for output in ready),
             # embeddings that a caller mixed may hold marked features too
             dropped=given.get("inputs_embeds") is not None or any(getattr(r, _TAG, False) for r in ready),
-            mask=_mask2d(given.get("attention_mask")),
+            mask=_mask2d(mask),
+            foreign_mask=mask is not None and _mask2d(mask) is None,
+            types={name: given[name] for name in self._masks.types if given.get(name) is not None},
         )
 
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        call = self._calls.pop(threading.get_ident(), None)
-        shown = getattr(output, "image_hidden_states", None)
-        if call is not None and call.plan is not None and isinstance(shown, Tensor):
-            output.image_hidden_states = shown[~shown[..., 0].isnan()]  # (kept tokens of all images, D)
+        call = self._calls.pop(_thread(), None)
+        if call is not None and call.vision:
+            self._over.add(_thread())
+        for name in ("image_hidden_states", "video_hidden_states"):
+            shown = getattr(output, name, None)
+            if call is not None and call.plan is not None and isinstance(shown, Tensor):
+                setattr(output, name, shown[~shown[..., 0].isnan()])  # (kept tokens of all images, D)
         return output
 
     # -- the decoder: the shorter sequence
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self._calls.get(threading.get_ident())
+        call = self._calls.get(_thread())
         x = kwargs.get("inputs_embeds")
         if x is None:
             return None
@@ -145,76 +167,94 @@ class Shortening:
         return args, self._shorten(call, kwargs, dropped)
 
     def _continue(self, call: _Call, kwargs: dict) -> dict:
-        """A step without dropped tokens; its mask must fit a cache that was shortened earlier."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        """A step without dropped tokens; mask and positions must fit a cache that was shortened earlier."""
+        x, cache, mask = (kwargs.get(name) for name in ("inputs_embeds", "past_key_values", "attention_mask"))
         state = state_of(cache)
         if state is None:
             return kwargs
-        new = kwargs["inputs_embeds"].shape[1]
+        self._refuse_masks(call, cache)
+        if state.shift is not None:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
+            kwargs = {**kwargs, "position_ids": positions - state.shift.to(positions.device)[:, None]}
         tail = _mask2d(mask) if call.mask is None else call.mask
-        self._refuse_masks(mask, cache)
-        if state.mask is None and tail is None:
+        types = self._masks.whole(call.types, state, x, physical_length(cache))
+        if state.mask is None and tail is None and types is None:
             return kwargs  # a mask of any other form was built by transformers for the physical cache
-        return {**kwargs, "attention_mask": physical_mask(cache, state, tail, new)}
+        mask = physical_mask(cache, state, tail, x.shape[1])
+        return self._masks.apply({**kwargs, "attention_mask": mask}, types)
 
     def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        batch, length, _ = x.shape
+        length = x.shape[1]
         state, past = state_of(cache) or CacheState(removed=0, length=0, mask=None), physical_length(cache)
         self._refuse_unknown(kwargs, length, past)
-        self._refuse_masks(mask, cache)
+        self._refuse_masks(call, cache)
         tail = _mask2d(mask) if call.mask is None else call.mask
         tail = None if tail is None else tail.to(x.device)  # a model may be spread over devices
         valid = _valid(mask, tail, past, x)  # (B, L)
-        plan = call.plan = Plan.of(valid & ~dropped, pad_left=bool(valid[:, -1].all()))
+        keep = valid & ~dropped
+        plan = call.plan = Plan.of(keep, pad_left=bool(valid[:, -1].all()))
         shrunk = state.shrunk + shrink_static(cache, by=length - plan.k)
 
         positions = kwargs.get("position_ids")
         if positions is None:  # what the decoder would have counted itself
             positions = torch.arange(length, device=x.device)[None] + past + state.removed
-        elif tail is None and cache is None and bool((positions.diff(dim=-1) < 0).any()):
+        elif tail is None and cache is None and positions.dim() == 2 and bool((positions.diff() < 0).any()):
             raise ValueError(
                 "several prompts packed into one row cannot be compressed: give each its own row, padded"
             )
+        positions, shift = _take(positions.to(x.device), plan.index), state.shift  # (..., B, K)
+        if self.repack:
+            gone = (valid & dropped).long().cumsum(dim=1)  # (B, L) dropped tokens up to each position
+            shift = gone[:, -1] if state.shift is None else gone[:, -1] + state.shift.to(x.device)
+            positions = positions - gone.gather(1, plan.index) - (shift - gone[:, -1])[:, None]
+
         before = None if tail is None else tail[:, : tail.shape[1] - length]
         old = physical_mask(cache, state, before, new=0) if past else None  # (B, past)
         short_mask = _joined(old, plan.real, past)
-        call.state = CacheState(state.removed + length - plan.k, past + plan.k, short_mask, shrunk)
+        types = self._masks.whole(call.types, state, x, past, plan)
+        removed = state.removed + length - plan.k
+        call.state = CacheState(removed, past + plan.k, short_mask, shrunk, shift, types)
         if short_mask is None and cache is None:
             # Positions with gaps and no mask would be taken for several packed sequences.
             short_mask = torch.ones_like(plan.real)
         padding = ~plan.real[..., None]  # it may have been a marked row
-        return {
+        short = {
             **kwargs,
+            **_shorten_others(kwargs, plan, keep),
             "inputs_embeds": gather(x, plan.index).masked_fill(padding, 0),  # (B, K, D)
-            "position_ids": positions.to(x.device).expand(batch, length).gather(1, plan.index),  # (B, K)
+            "position_ids": positions,
             "attention_mask": None if short_mask is None else short_mask.long(),
         }
+        return self._masks.apply(short, types)
 
-    def _refuse_masks(self, mask: Any, cache: Any) -> None:
+    def _refuse_masks(self, call: _Call, cache: Any) -> None:
         """transformers builds masks of four dimensions for caches it compiles; others are a caller's own."""
-        four = isinstance(mask, Tensor) and mask.dim() == 4
-        if four and not getattr(cache, "is_compileable", False):
+        if call.foreign_mask and not getattr(cache, "is_compileable", False):
             raise ValueError(
-                f"an attention mask of shape {tuple(mask.shape)} cannot be shortened: give one of two "
+                "an attention mask of more than two dimensions cannot be shortened: give one of two "
                 "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
             )
 
     def _refuse_unknown(self, kwargs: dict, length: int, past: int) -> None:
-        if past and "flash" in (self.decoder.config._attn_implementation or ""):
+        gaps = not self.repack
+        if past and gaps and "flash" in (self.decoder.config._attn_implementation or ""):
             raise ValueError(
-                "flash attention takes positions with gaps behind a cache for several packed prompts: load "
-                "the model with attn_implementation='sdpa' to add an image to a chat in progress"
+                "flash attention takes positions with gaps behind a cache for several packed prompts: to add "
+                "an image to a chat, compress with positions='repack' or load with attn_implementation='sdpa'"
             )
+        known = _HANDLED | _PER_TOKEN | _VISUAL.keys()
         for name, value in kwargs.items():
-            if name not in _HANDLED and isinstance(value, Tensor) and length in value.shape:
+            if name not in known and isinstance(value, Tensor) and length in value.shape:
                 raise ValueError(
                     f"the decoder of {self.host.name} was given '{name}' of shape {tuple(value.shape)}, one "
                     "entry per token, which vtc cannot shorten: leave it out or remove() the compression"
                 )
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self._calls.get(threading.get_ident())
+        call = self._calls.get(_thread())
         if call is None or call.plan is None:
             return None
         cache = kwargs.get("past_key_values")
@@ -229,6 +269,11 @@ class Shortening:
         return output
 
 
+def _thread() -> int:
+    """Two threads' forwards must not mix. In a compiled graph calls are kept apart by the graph itself."""
+    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
+
+
 _subclasses: dict[tuple[type, bool], type] = {}
 
 
@@ -237,6 +282,36 @@ def _tagged(cls: type, dropped: bool) -> type:
     if (cls, dropped) not in _subclasses:
         _subclasses[cls, dropped] = type(cls.__name__, (cls,), {_TAG: dropped})
     return _subclasses[cls, dropped]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Columns of position ids (..., B or 1, L) at index (B, K): (..., B, K)."""
+    x = x.expand(*x.shape[:-2], len(index), x.shape[-1])
+    return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
+
+
+def _shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:
+    """What else the decoder is given for each token, or for each token of an image."""
+    short = {}
+    for name in _PER_TOKEN & kwargs.keys():
+        if kwargs[name] is not None:  # (B, L, ...)
+            value = kwargs[name].expand(len(keep), *kwargs[name].shape[1:])
+            rows = torch.arange(len(keep), device=value.device)[:, None]
+            short[name] = value[rows, plan.index.to(value.device)]
+    for mask_name, features_name in _VISUAL.items():
+        mask, features = kwargs.get(mask_name), kwargs.get(features_name)
+        if mask is None or features is None:
+            continue
+        flat = mask if mask.dim() == 2 else mask[..., 0]  # (B, L)
+        stay = keep.to(flat.device)[flat]  # (tokens of all images,)
+        chosen = _take(flat, plan.index.to(flat.device)) & plan.real.to(flat.device)  # (B, K)
+        short[mask_name] = (
+            chosen if mask.dim() == 2 else chosen[..., None].expand(*chosen.shape, mask.shape[-1])
+        )
+        layers = features.values() if isinstance(features, dict) else features
+        layers = [layer[stay.to(layer.device)] for layer in layers]
+        short[features_name] = dict(zip(features, layers)) if isinstance(features, dict) else layers
+    return short
 
 
 def _mask2d(mask: Any) -> Tensor | None:
@@ -255,10 +330,12 @@ def _valid(mask: Any, mask2d: Tensor | None, past: int, x: Tensor) -> Tensor:
     batch, length, _ = x.shape
     if mask2d is not None:
         return mask2d[:, -length:].bool()
-    if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if m is not None), None)
+    if isinstance(mask, dict):  # those of recurrent layers are two-dimensional
+        mask = min((m for m in mask.values() if m is not None), key=Tensor.dim, default=None)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=x.device)
+    if mask.dim() == 2:
+        return mask[:, -length:].bool().expand(batch, length)
     # (B, 1, L, kv): a padding token does not attend to itself
     own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :length]
     return (own if own.dtype == torch.bool else own >= 0).expand(batch, length)

@@ -1,0 +1,384 @@
+"""What holds on every family of models: a tiny random host of each, every kind of method.
+
+The README's table of families is made of this file's outcomes (see conftest.py): `shows` names the column.
+"""
+
+import copy
+
+import pytest
+import torch
+from decoder_oracle import Watch, shortened_rows
+from footprint import footprint
+from tiny import HOSTS, SUPPRESS, build
+
+import vtc
+from vtc.capture import missing
+from vtc.hosts import REFUSED, open_host
+
+KINDS = ("divprune", "tome", "hiprune", "vtc-cls")  # features only; keys; attention of all rows; of CLS
+TOKENS = 4
+GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "suppress_tokens": SUPPRESS}
+NAMES = [name for name, host in HOSTS.items() if host.works]
+VIDEOS = [name for name in NAMES if HOSTS[name].video]
+MIXED = {"images": (2, 1, 0), "pads": 2}
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def host(request):
+    return build(request.param)
+
+
+@pytest.fixture(params=VIDEOS, scope="module")
+def video_host(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def tiny(request):
+    """The entry of the host in use: what its bare model lacks."""
+    parameters = request.node.callspec.params
+    return HOSTS[parameters.get("host") or parameters["video_host"]]
+
+
+def shows(*columns):
+    return pytest.mark.shows(*columns)
+
+
+def usable(model, kinds=KINDS):
+    encoder = open_host(model).encoder
+    return [m for m in kinds if not any(missing(encoder, need) for need in vtc.get_method(m).needs)]
+
+
+def forward(model, inputs, **options):
+    with torch.no_grad():
+        return model(**inputs, **options)
+
+
+@shows("images")
+def test_keep_one_is_identity(host):
+    model, make_inputs = host
+    inputs = make_inputs((2, 1), pads=1)
+    logits, tokens = forward(model, inputs).logits, model.generate(**inputs, **GREEDY)
+    for method in usable(model):
+        with vtc.compress(model, method, keep=1.0) as handle:
+            assert torch.equal(forward(model, inputs).logits, logits)
+            assert len(handle.last) >= 3
+            assert all(record.entering["decoder"] == record.entering["features"] for record in handle.last)
+            assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
+
+
+@shows("images")
+def test_remove_leaves_nothing(host):
+    model, make_inputs = host
+    inputs = make_inputs((1,))
+    logits = forward(model, inputs).logits
+    before = footprint(model)
+    for method in usable(model):
+        handle = vtc.compress(model, method, keep=0.4)
+        assert not torch.equal(forward(model, inputs).logits, logits)
+        handle.remove()
+        assert footprint(model) == before
+        assert torch.equal(forward(model, inputs).logits, logits)
+
+
+@shows("images")
+def test_exact_count(host):
+    """So many tokens stay, the cache is so much shorter, whatever the method."""
+    model, make_inputs = host
+    inputs = make_inputs((2, 1))
+    length = inputs["input_ids"].shape[1]
+    for method in usable(model, [m for m in vtc.list_methods() if m != "downsample"]):
+        with vtc.compress(model, method, keep=0.5) as handle:
+            for keep in (0.07, 1 / 3, 0.9, 1, 3, 10_000):
+                handle.keep = keep
+                cache = forward(model, inputs, use_cache=True).past_key_values
+                for record in handle.last:
+                    n = sum(len(tile.slots) for tile in record.tiles)
+                    wanted = max(1, int(keep * n + 0.5)) if isinstance(keep, float) else min(keep, n)
+                    full = len(record.source) if wanted == n else wanted
+                    assert len(record.index) == record.entering["decoder"] == full
+                    assert (record.index.diff() > 0).all()
+                    assert torch.equal(record.source[record.index], torch.arange(full))
+                kept = [len(record.index) for record in handle.last]
+                gone = [len(record.source) - len(record.index) for record in handle.last]
+                rows = len(handle.last) // 3  # entries of each picture
+                first, second = sum(gone[: 2 * rows]), sum(gone[2 * rows :])
+                text = inputs["attention_mask"].sum(dim=1).tolist()
+                longest = max(text[0] - first, text[1] - second)
+                assert longest <= length and sum(kept) > 0
+                held = {
+                    layer.keys.shape[2] for layer in cache.layers if getattr(layer, "keys", None) is not None
+                }
+                window = getattr(open_host(model).decoder.config, "sliding_window", None) or length
+                assert max(held) in (longest, min(longest, window - 1), min(longest, window))
+
+
+@shows("images")
+def test_patches_are_behind_their_tokens(host, tiny):
+    """A change of one patch behind the last blocks changes the token that it is said to be behind."""
+    model, make_inputs = host
+    vision = open_host(model)
+    if vision.encoder.latent or not vision.encoder.blocks:
+        return
+    inputs, seen = make_inputs((2,)), []
+    with vtc.compress(model, "divprune", keep=1.0) as handle:
+        stage = handle._stages[0]
+        reduce = stage._reduce
+
+        def spy(rows, features, layouts, *rest):
+            seen.append((torch.cat(list(features)), layouts))
+            return reduce(rows, features, layouts, *rest)
+
+        stage._reduce = spy
+        forward(model, inputs)
+        features, layouts = seen.pop()
+        total = 1 + max(int(p.max()) for layout in layouts for p in layout.patches)
+        for patch in torch.linspace(0, total - 1, 7).long().tolist():
+            changed = []
+            for block in reversed(vision.encoder.blocks):  # some hosts do not read the last ones
+                hook = block.register_forward_hook(_nudge(patch, vision.encoder), prepend=True)
+                forward(model, inputs)
+                hook.remove()
+                changed = (seen.pop()[0] - features).abs().amax(dim=1).nonzero()[:, 0].tolist()
+                if changed:
+                    break
+            first, expected = 0, []
+            for layout in layouts:
+                for tile, patches in zip(layout.tiles, layout.patches):
+                    expected += (tile.slots[(patches == patch).any(dim=1)] + first).tolist()
+                first += layout.length
+            assert changed
+            if tiny.blurred:
+                assert set(expected) <= set(changed)
+            else:
+                assert sorted(expected) == changed
+
+
+def _nudge(patch, encoder):
+    """A forward hook that changes one patch of a block's output, over all of its rows."""
+
+    def hook(module, args, output):
+        x = output[0] if isinstance(output, tuple) else output
+        new = x.clone()
+        rows = new.unflatten(0, (1, -1)) if new.dim() == 2 else new.flatten(1, -2)  # (rows, N, D)
+        n = rows.shape[1] - encoder.prefix - encoder.suffix
+        rows[patch // n, encoder.prefix + patch % n] += 1
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return hook
+
+
+@pytest.mark.parametrize("positions", ["keep", "repack"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@shows("batches")
+def test_forward_equals_the_shortened_prompt(host, side, positions):
+    """The oracle: row by row, what the bare decoder makes of a prompt that was shortened by hand."""
+    model, make_inputs = host
+    if positions == "repack" and open_host(model).mrope:
+        with pytest.raises(ValueError, match="positions='repack' is not defined on"):
+            vtc.compress(model, "divprune", keep=0.3, positions="repack")
+        return
+    inputs = make_inputs(**MIXED, side=side)
+    for method in usable(model):
+        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions):
+            watch.listen()
+            logits = forward(model, inputs).logits
+            given, hidden = watch.given, watch.hidden
+        assert logits.shape[:2] == inputs["input_ids"].shape and not logits.isnan().any()
+        for row, expected in enumerate(shortened_rows(model, inputs, given, positions == "repack")):
+            torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
+
+
+@shows("batches")
+def test_batch_equals_single_runs(host):
+    model, make_inputs = host
+    inputs = make_inputs((1, 1))
+    for method in usable(model):
+        with vtc.compress(model, method, keep=0.4) as handle:
+            both, records = forward(model, inputs).logits, handle.last
+            for row in range(2):
+                alone = make_inputs((1,), first=row)
+                single, (record, *_) = forward(model, alone).logits, handle.last
+                twin = records[row * (len(records) // 2)]
+                assert torch.equal(record.index, twin.index) and torch.equal(record.source, twin.source)
+                stay = inputs["attention_mask"][row].bool()
+                torch.testing.assert_close(both[row, stay], single[0], atol=2e-4, rtol=2e-4)
+
+
+@shows("several images")
+def test_prompts_of_five_images_and_of_none(host):
+    model, make_inputs = host
+    inputs = make_inputs((5, 0), pads=1)
+    with Watch(model) as watch, vtc.compress(model, "divprune", keep=0.2) as handle:
+        watch.listen()
+        forward(model, inputs)
+        assert len(handle.last) % 5 == 0
+        given, hidden = watch.given, watch.hidden
+    for row, expected in enumerate(shortened_rows(model, inputs, given, not open_host(model).mrope)):
+        torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
+
+
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 9},
+    "beams": {"num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("positions", ["keep", "repack"])
+@pytest.mark.parametrize("cache", CACHES)
+@shows("generate")
+def test_generating_with_a_cache_equals_generating_without(host, tiny, cache, positions):
+    """And without a cache every step is a forward, which the oracle has judged."""
+    model, make_inputs = host
+    positions = "keep" if open_host(model).mrope else positions
+    inputs = make_inputs((1,)) if cache == "chunked" else make_inputs(**MIXED)
+    if cache in tiny.lacks:
+        _lacks(model, inputs, cache)
+        return
+    beams = CACHES["beams"] if cache == "beams" else {}
+    with vtc.compress(model, "divprune", keep=0.3, positions=positions):
+        expected = model.generate(**inputs, **GREEDY, **beams, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **GREEDY, **CACHES[cache]), expected)
+
+
+def _lacks(model, inputs, cache):
+    """The bare model cannot do it, or does not give the same with a cache and without."""
+    try:
+        found = model.generate(**inputs, **GREEDY, **CACHES[cache])
+        beams = CACHES["beams"] if cache == "beams" else {}
+        expected = model.generate(**inputs, **GREEDY, **beams, use_cache=False)
+    except Exception:
+        return
+    assert not torch.equal(found, expected), "the bare model can do it by now: drop this from `lacks`"
+
+
+@shows("chats")
+def test_chat_goes_on_from_the_cache(host, tiny):
+    """A second turn over the returned cache equals a prompt that held both turns from the start."""
+    model, make_inputs = host
+    first = make_inputs(**MIXED)
+    extra = torch.randint(3, 90, (3, 4), generator=torch.Generator().manual_seed(1))
+
+    def turns(positions):
+        turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, extra], dim=1)
+        more = ids.shape[1] - first["input_ids"].shape[1]
+        kinds = {n: v for n, v in first.items() if n.endswith("token_type_ids")}
+        kinds = {n: torch.cat([v, v[:, -1:].expand(-1, more)], dim=1) for n, v in kinds.items()}
+        mask = torch.cat([first["attention_mask"], torch.ones(3, more, dtype=torch.long)], dim=1)
+        both = {"input_ids": ids, "attention_mask": mask, **kinds}
+        again = model.generate(**both, past_key_values=copy.deepcopy(turn.past_key_values), **GREEDY)
+        return again, model.generate(**{**first, **both}, **GREEDY)
+
+    if "chats" in tiny.lacks:
+        try:
+            again, whole = turns("keep")
+        except Exception:
+            return
+        assert not torch.equal(again, whole), "the bare model can do it by now: drop this from `lacks`"
+        return
+    for positions in ("keep",) if open_host(model).mrope else ("keep", "repack"):
+        with vtc.compress(model, "divprune", keep=0.3, positions=positions):
+            again, whole = turns(positions)
+            assert torch.equal(again, whole)
+
+
+@shows("attention")
+def test_sdpa_and_eager_agree(host, tiny):
+    model, make_inputs = host
+    inputs = make_inputs((1, 2), pads=1)
+    if "eager" in tiny.lacks:
+        return
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    for method in usable(model):
+        found = []
+        for each in (model, eager):
+            with vtc.compress(each, method, keep=0.4) as handle:
+                found.append((forward(each, inputs).logits, [record.index for record in handle.last]))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=2e-4, rtol=2e-4)
+        assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+@shows("half precision")
+def test_half_precision_runs(host):
+    model, make_inputs = host
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    inputs = {n: v.to(torch.bfloat16) if v.is_floating_point() else v for n, v in make_inputs((1, 1)).items()}
+    for method in usable(model):
+        with vtc.compress(half, method, keep=0.4) as handle:
+            logits = forward(half, inputs).logits
+            assert logits.dtype in (torch.bfloat16, torch.float32) and logits.isfinite().all()
+            assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + TOKENS
+            assert all(len(record.index) < len(record.source) for record in handle.last)
+
+
+@shows("training")
+def test_gradients_flow(host, tiny):
+    model, make_inputs = host
+    inputs = make_inputs((1, 1), pads=1)
+    tower = [p for p in open_host(model).encoder.tower.parameters() if p.ndim > 1 and p.requires_grad]
+    for method in usable(model):
+        with vtc.compress(model, method, keep=0.4):
+            model(**inputs).logits.float().square().mean().backward()
+        grads = [p.grad for p in tower if p.grad is not None]
+        assert grads and all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
+
+
+@shows("images")
+def test_text_only_calls_pass_through(host, tiny):
+    model, make_inputs = host
+    inputs = make_inputs((0, 0), pads=1)
+    if "text" in tiny.lacks:
+        return
+    expected = model.generate(**inputs, **GREEDY)
+    with vtc.compress(model, "divprune", keep=0.3):
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("allocate", ["proportional", "whole", "joint"])
+@shows("video")
+def test_video(video_host, tiny, allocate):
+    model, make_inputs = video_host
+    inputs = make_inputs((1, 0), videos=(0, 1), pads=1)
+    encoder = open_host(model).video_encoder
+    methods = [m for m in KINDS if not any(missing(encoder, need) for need in vtc.get_method(m).needs)]
+    logits = forward(model, inputs).logits
+    with vtc.compress(model, "divprune", keep=1.0):
+        assert torch.equal(forward(model, inputs).logits, logits)
+    for method in methods:
+        if allocate == "joint" and vtc.get_method(method).needs_grid:
+            continue
+        with Watch(model) as watch:
+            with vtc.compress(model, method, keep=0.3, allocate=allocate, positions="keep") as handle:
+                watch.listen()
+                forward(model, inputs)
+                given, hidden = watch.given, watch.hidden
+                film = handle.last[-1]
+                n = sum(len(tile.slots) for tile in film.tiles)
+                assert len(film.index) == max(1, int(0.3 * n + 0.5))
+                counts = [int((film.source[tile.slots] >= 0).sum()) for tile in film.tiles]
+                kept = [int(torch.isin(tile.slots, film.index).sum()) for tile in film.tiles]
+                if allocate == "whole" and len(kept) > 1:
+                    sizes = [len(tile.slots) for tile in film.tiles]
+                    assert sum(0 < k < size for k, size in zip(kept, sizes)) <= 1
+                if allocate == "proportional" and len(kept) > 1:
+                    assert max(kept) - min(kept) <= 1 and min(counts) >= min(kept)
+                tokens = model.generate(**inputs, **GREEDY)
+                assert torch.equal(tokens, model.generate(**inputs, **GREEDY, use_cache=False))
+        for row, expected in enumerate(shortened_rows(model, inputs, given)):
+            torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, host in HOSTS.items() if not host.works])
+def test_families_that_cannot_be_served_say_why(name):
+    model, _ = build(name)
+    before = footprint(model)
+    with pytest.raises(ValueError, match="cannot be compressed: ") as raised:
+        vtc.compress(model, "divprune", keep=0.5)
+    assert "\n" not in str(raised.value) and model.config.model_type in REFUSED
+    assert footprint(model) == before

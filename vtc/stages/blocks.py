@@ -1,0 +1,68 @@
+"""Masks in which the tokens of an image see each other: rebuilt by the family's own code for fewer tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import CacheState
+
+
+@dataclass
+class BlockMasks:
+    """For families whose base model makes the decoder's masks from kinds of tokens (Gemma 3, PaliGemma).
+
+    build  the family's `create_masks_for_generate`; None for all others, whose decoders make their own masks
+    types  the inputs that say of which kind each token is
+    """
+
+    config: Any
+    build: Callable[..., Any] | None
+    types: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BlockMasks:
+        build = getattr(type(model), "create_masks_for_generate", None)
+        names = inspect.signature(build).parameters if build else ()
+        return cls(model.config, build, tuple(name for name in names if name.endswith("token_type_ids")))
+
+    def whole(
+        self, given: dict[str, Tensor], state: CacheState, x: Tensor, past: int, plan: Any = None
+    ) -> dict[str, Tensor] | None:
+        """Kinds of all tokens in the cache and in x (B, L, D), of which `plan` keeps some; None where no
+        kinds were given. given: (B, any) each, its last L columns are the tokens of x."""
+        if not given:
+            return None
+        found = {}
+        for name, types in given.items():
+            new, before = types[:, -x.shape[1] :], types[:, : -x.shape[1]]
+            new = new if plan is None else new.gather(1, plan.index.to(new.device))
+            if state.types and name in state.types:
+                before = state.types[name]
+            # what generate() added since is text
+            old = before.new_zeros(len(new), past)
+            count = min(past, before.shape[1])
+            old[:, :count] = before[:, :count]
+            found[name] = torch.cat([old, new], dim=1)  # (B, past + K)
+        return found
+
+    def apply(self, kwargs: dict, types: dict[str, Tensor] | None) -> dict:
+        """Replaces the 2-D mask in the decoder's arguments by those that the family builds of it."""
+        if self.build is None or types is None:
+            return kwargs
+        mask, positions = kwargs["attention_mask"], kwargs.get("position_ids")
+        masks = self.build(
+            config=self.config,
+            inputs_embeds=kwargs["inputs_embeds"],
+            attention_mask=None if mask is None else mask.long(),
+            past_key_values=kwargs.get("past_key_values"),
+            position_ids=positions if positions is None or positions.dim() == 2 else positions[0],
+            is_first_iteration=True,
+            **types,
+        )
+        return {**kwargs, "attention_mask": masks}
