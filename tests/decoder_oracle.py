@@ -55,17 +55,18 @@ def shortened_rows(
 ) -> list[Row]:
     """Each prompt of `inputs` cut by hand to the tokens that are neither padding nor dropped."""
     decoder, x = open_host(model).decoder, given["inputs_embeds"]
-    length, rows = x.shape[1], []
+    length, rows, dropped = x.shape[1], [], marked(given)
     for row in range(len(x)):
         real = inputs["attention_mask"][row].bool()
-        stay = real & ~x[row, :, 0].isnan()
+        stay = real & ~dropped[row]
         positions = given.get("position_ids")
         positions = torch.arange(length)[None] if positions is None else positions
         positions = positions[..., row : row + 1, :] if positions.shape[-2] > 1 else positions
         if repack:
             gone = [int((real & ~stay)[:column].sum()) for column in range(length)]
             positions = positions - torch.tensor(gone)
-        out = decoder(
+        out = _bare(
+            decoder,
             inputs_embeds=x[row : row + 1, stay],
             position_ids=positions[..., stay],
             attention_mask=cut_mask(given.get("attention_mask"), row, stay, decoder.config),
@@ -77,34 +78,72 @@ def shortened_rows(
     return rows
 
 
+def marked(given: dict[str, Any]) -> Tensor:
+    """Which tokens are rows of NaN (B, L): in the prompt, or in features that only early layers get."""
+    dropped = given["inputs_embeds"][..., 0].isnan()
+    if given.get("vision_mask") is not None:
+        first, *_ = given["deepstack_features"].values()
+        dropped[given["vision_mask"][..., 0]] |= first[:, 0].isnan()
+    return dropped
+
+
+def _bare(decoder: nn.Module, **given: Any) -> Any:
+    """Layers that choose blocks of keys count places themselves where they are given no positions: with gaps
+    in positions they would not work."""
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "position_ids": None}
+
+    sparse = [m for m in decoder.modules() if hasattr(getattr(m, "indexer", None), "block_size")]
+    hooks = [m.register_forward_pre_hook(count, with_kwargs=True) for m in sparse]
+    try:
+        return decoder(**given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def cut_mask(mask: Any, row: int, stay: Tensor, config: Any) -> Any:
-    """Masks that the base model made for the full prompt, for the tokens that stay. A token sees the ones
-    before it, in a sliding layer those within the window, and always all of its own block."""
+    """Masks that the base model made for the full prompt, for the tokens that stay."""
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
         return torch.ones(1, int(stay.sum()), dtype=torch.long)
     if isinstance(mask, dict):
-        full = next(m for name, m in mask.items() if "full" in name and m is not None or len(mask) == 1)
-        return {name: _cut(full, row, stay, config, "sliding" in name) for name in mask}
-    return _cut(mask, row, stay, config, sliding=False)
+        window = config.sliding_window
+        return {
+            name: _like(m, _slide(_allowed(m, row), stay, window) if "sliding" in name else _at(m, row, stay))
+            for name, m in mask.items()
+        }
+    return _like(mask, _at(mask, row, stay))
 
 
-def _cut(full: Tensor, row: int, stay: Tensor, config: Any, sliding: bool) -> Tensor:
-    allowed = (
-        full[min(row, len(full) - 1), 0]
-        if full.dtype == torch.bool
-        else full[min(row, len(full) - 1), 0] >= 0
-    )
-    allowed = allowed[: len(stay), : len(stay)][stay][:, stay]  # (K, K)
-    if sliding:
-        ahead = torch.arange(len(allowed))
-        near = (ahead[:, None] - ahead[None]).abs() < config.sliding_window
-        allowed = allowed & (near | allowed.T)
+def _allowed(mask: Tensor, row: int) -> Tensor:
+    """Which token sees which, of one prompt: (L, L)."""
+    own = mask[min(row, len(mask) - 1), 0]
+    return own if own.dtype == torch.bool else own >= 0
+
+
+def _at(mask: Tensor, row: int, stay: Tensor) -> Tensor:
+    return _allowed(mask, row)[: len(stay), : len(stay)][stay][:, stay]  # (K, K)
+
+
+def _slide(allowed: Tensor, stay: Tensor, window: int) -> Tensor:
+    """The window counts the tokens that stay. Tokens of a block see each other: of some families only within
+    the window, of others at any distance."""
+    length = len(stay)
+    back = torch.arange(length)[:, None] - torch.arange(length)[None]  # how far a key is behind its query
+    ahead = allowed[:length, :length] & (back < 0)
+    unbounded = bool((allowed[:length, :length] & (back >= window)).any())
+    block = (ahead | ahead.T)[stay][:, stay]
+    back = back[: len(block), : len(block)]
+    near = (back >= 0) & (back < window)
+    return near | (block if unbounded else block & (back < window))
+
+
+def _like(mask: Tensor, allowed: Tensor) -> Tensor:
     cut = allowed[None, None]
-    return (
-        cut
-        if full.dtype == torch.bool
-        else torch.zeros(cut.shape).masked_fill(~cut, torch.finfo(full.dtype).min)
-    )
+    if mask.dtype == torch.bool:
+        return cut
+    return torch.zeros(cut.shape).masked_fill(~cut, torch.finfo(mask.dtype).min)
 
 
 def cut_deepstack(given: dict[str, Any], row: int, stay: Tensor) -> dict[str, Any]:

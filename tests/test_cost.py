@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CLIP, SIGLIP, build
+from tiny import CLIP, HOSTS, SIGLIP, build
 from tiny.llava import LLAVA, llava
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,11 +130,27 @@ def test_profiling_a_bare_model_leaves_nothing_behind():
     assert torch.equal(model(**inputs).logits, before)
 
 
-def test_a_config_that_leaves_matrices_unexplained_is_an_error():
+def test_torchs_counter_is_asked_where_the_config_leaves_matrices_unexplained():
     model, make_inputs = build("llava-clip")
-    model.model.multi_modal_projector.extra = torch.nn.Linear(32, 32)
-    with pytest.raises(ValueError, match="FLOPs of this projector"):
-        profile(model, make_inputs(), repeats=1)
+    by_formula = profile(model, make_inputs(), repeats=1)
+    model.model.multi_modal_projector.extra = torch.nn.Linear(32, 32)  # which never runs
+    by_counter = profile(model, make_inputs(), repeats=1)
+    assert (by_formula["tflops_by"], by_counter["tflops_by"]) == ("formula", "counter")
+    assert by_counter["tflops"] == pytest.approx(by_formula["tflops"], rel=1e-9)
+
+
+PROFILED = [name for name, tiny in HOSTS.items() if tiny.works and name not in LLAVA]
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_every_family_has_a_row(name):
+    model, make_inputs = build(name)
+    inputs = make_inputs((2, 1), pads=1)
+    with vtc.compress(model, "divprune", keep=0.3) as handle:
+        row = profile(model, inputs, repeats=1)
+        assert row["images"] == len(handle.last) and row["llm_tokens"] < row["image_tokens"]
+    assert row["tflops_total"] > 0 and row["kv_bytes"] > 0 and row["physical_length"] > 0
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_prompts_without_an_image_are_refused():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vtc
+from vtc.api import current
 from vtc.evaluation.results import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def test_the_oracle_says_what_the_compressed_model_says(name, method):
     bare = trio.bare(**inputs).logits[:, trio.stay]
     torch.testing.assert_close(compressed, oracle, rtol=1e-4, atol=1e-5)
     assert (oracle - bare).abs().max() > 0.01  # so that agreement says something
-    assert vtc.current(trio.compressed) and not (vtc.current(trio.oracle) or vtc.current(trio.bare))
+    assert current(trio.compressed) and not (current(trio.oracle) or current(trio.bare))
 
 
 @torch.no_grad()

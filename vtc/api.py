@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .allocate import ALLOCATIONS
-from .hosts import Vision, open_host
+from .hosts import Vision, features_owner, open_host
 from .method import Method, get_method
 from .record import Record
 from .stages.features import FeaturesStage
+from .stages.memory import MemoryStage
 from .tokens import check_keep
 
 _STAGES = {"features": FeaturesStage}
@@ -105,8 +106,8 @@ def compress(
 ) -> Handle:
     """Makes a model carry fewer vision tokens from now on, in place; its calls stay as they are.
 
-    model      a transformers vision-language model of a known family; wrappers of PEFT and torch.compile
-               around one are opened
+    model      a transformers vision-language model of a known family; wrappers of PEFT, torch.compile and
+               distributed training around one are opened
     method     a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ...,
                options})
     keep       the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per
@@ -154,7 +155,7 @@ def compress(
 def current(model: nn.Module) -> Handle | None:
     """The handle of a model that is compressed now, else None."""
     model = unwrap(model)
-    return vars(getattr(model, "base_model", model)).get(_HANDLE)
+    return vars(features_owner(model)).get(_HANDLE)
 
 
 def restore(model: nn.Module) -> None:
@@ -166,13 +167,15 @@ def restore(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper of torch.compile or PEFT. Raises TypeError for no model."""
+    """The model inside wrappers of torch.compile, PEFT and distributed training, or a TypeError for no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    return getattr(model, "_orig_mod", model)
+    inner = getattr(model, "_orig_mod", None)  # torch.compile
+    if inner is None and hasattr(model, "get_base_model"):  # PEFT
+        inner = model.get_base_model()
+    if inner is None:
+        inner = getattr(model, "module", None)  # DistributedDataParallel, FSDP, DeepSpeed
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def _forget_graphs() -> None:
@@ -191,7 +194,8 @@ def _stage(
         )
     if positions is None:
         positions = "keep" if vision.mrope else method.positions
-    return _STAGES[stage](vision, method, keep, positions, allocate)
+    made = MemoryStage if vision.host.memory and stage == "features" else _STAGES[stage]
+    return made(vision, method, keep, positions, allocate)
 
 
 def _steps(plan: Plan, keep: Any, stage: Any, positions: Any, allocate: str, options: dict) -> list[dict]:

@@ -9,8 +9,8 @@ needed are recomputed, with the softmax in float32 and without gradient.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .hosts import Encoder
 from .method import Need, get_method, list_methods
+from .threads import thread_key
 
 _PREFIX = "vtc|"  # names in transformers' AttentionInterface; they stay there and do nothing by themselves
 _ELEMENTS = 1 << 24  # attention weights held at once when every query row is needed: 64 MiB
@@ -42,17 +43,23 @@ class Capture:
         self._wrapped: list[tuple[nn.Module, object]] = []
 
     def install(self) -> None:
-        from transformers.modeling_utils import AttentionInterface
-
         for layer in self._layers:
             module = self.encoder.attention(layer)
-            implementation = module.config._attn_implementation or "eager"
-            AttentionInterface.register(_PREFIX + implementation, _record_and_attend)
             config = copy.copy(module.config)
-            config._attn_implementation_internal = _PREFIX + implementation
             config.vtc_recorder = _Recorder(self, layer)
             self._wrapped.append((module, module.config))
             module.config = config
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes over the attention implementation of the model, which may have been set anew since."""
+        from transformers.modeling_utils import AttentionInterface
+
+        for module, config in self._wrapped:
+            name = _PREFIX + (config._attn_implementation or "eager")
+            if module.config._attn_implementation != name:
+                AttentionInterface.register(name, _record_and_attend)
+                module.config._attn_implementation_internal = name
 
     def remove(self) -> None:
         for module, config in self._wrapped:
@@ -63,7 +70,7 @@ class Capture:
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Opens this thread's recording; calls outside of one (in a backward, say) are ignored."""
-        thread = threading.get_ident()
+        thread = thread_key()
         recording = self._recordings[thread] = Recording(self)
         try:
             yield recording
@@ -134,7 +141,7 @@ class _Recorder:
     layer: int
 
     def __call__(self, *tensors) -> None:
-        recording = self.capture._recordings.get(threading.get_ident())
+        recording = self.capture._recordings.get(thread_key())
         if recording is not None:
             recording.add(self.layer, *tensors)
 
@@ -150,9 +157,15 @@ def _record_and_attend(module, query, key, value, attention_mask=None, scaling=N
     for start, stop in spans:
         part = slice(start, stop)
         module.config.vtc_recorder(query[:, :, part], key[:, :, part], scale, attention_mask)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
     return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _eager(attention: type[nn.Module]) -> Callable | None:
+    """The eager function that an attention class would call; its file may hold several."""
+    forward = inspect.unwrap(attention.forward)
+    name = next((n for n in forward.__code__.co_names if n.endswith("eager_attention_forward")), "")
+    return getattr(sys.modules[attention.__module__], name, None)
 
 
 def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import platform
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .api import Handle, compress, current, unwrap
-from .flops import Lengths, flops
+from .flops import Lengths, counted, flops
 from .hosts import Vision, open_host
 
 
@@ -28,12 +29,14 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     plan                   method, options, stage and keep of each step; empty for the bare model
     images, rows           how many images and prompts the inputs hold
     image_tokens           tokens per image before any reduction, newline tokens included
-    encoder_tokens         tokens per image that enter the encoder's first block: all tiles, CLS included
+    encoder_tokens         tokens per image that enter a block of the encoder, mean over blocks: all tiles,
+                           CLS included; None where the encoder has no blocks
     llm_tokens             tokens per image that enter the language model
     prompt_length          positions of the prompt as given
     physical_length        positions that the decoder's first layer holds
     decoder_tokens         positions per decoder layer, mean over layers, text included
-    tflops, tflops_total   by formula: encoder, projector, decoder, head (see `flops`), in 10^12 operations
+    tflops, tflops_total   encoder, projector, decoder, head (see `flops`), in 10^12 operations
+    tflops_by              "formula", or "counter": torch's, asked where the formulas do not know the model
     kv_bytes               size of the KV cache after the prefill, counted from its tensors
     first_token_seconds    median time of a prefill up to the first token
     full_seconds           the same with all tokens, each measured in turn with the other
@@ -41,19 +44,17 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     compressor_seconds     median time of the compressor itself, on the host's clock
     compressor_share       the same as a part of first_token_seconds
     peak_memory_bytes      what peak_memory says, in bytes; None where the system does not tell
-    Raises ValueError without an image, and for models whose FLOPs are not understood.
+    Raises ValueError without an image.
     """
     model = unwrap(model)
     vision, handle = open_host(model), current(model)
     call = first_token(model, inputs)
     with _recording(model, handle) as recording, _observed(model, vision) as lengths:
-        cache = [(layer.keys, layer.values) for layer in call().past_key_values.layers]
+        before = recording.last
+        physical_length, kv_bytes = _held(call().past_key_values)
         records = recording.last
-    if not lengths.encoder:
+    if not records or any(record is old for record in records for old in before):  # of an earlier call
         raise ValueError("the inputs hold no image: profile() measures prompts with at least one")
-    physical_length = cache[0][0].shape[-2]
-    kv_bytes = sum(tensor.nbytes for pair in cache for tensor in pair)
-    del cache  # it is no part of the next call's peak
     peak, peak_kind = _peak_memory(vision.decoder.device, call)
     times, full, spent = [], [], []
     for _ in range(repeats):
@@ -62,20 +63,24 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
         times.append(_seconds(call) if handle else full[-1])
         spent.append(handle.spent if handle else 0.0)
     seconds, full_seconds = statistics.median(times), statistics.median(full)
-    operations = flops(model, vision, lengths)
+    try:
+        operations, by = flops(model, vision, lengths), "formula"
+    except ValueError:
+        operations, by = counted(model, vision, call), "counter"
     images = len(records)
     return {
         "plan": [{**method.to_dict(), **step} for method, step in handle.plan] if handle else [],
         "images": images,
         "rows": len(inputs["input_ids"]),
         "image_tokens": statistics.mean(record.entering["features"] for record in records),
-        "encoder_tokens": lengths.encoder[0][0] * lengths.encoder[0][1] / images,
+        "encoder_tokens": _encoder_tokens(vision, lengths, images),
         "llm_tokens": statistics.mean(record.entering["decoder"] for record in records),
         "prompt_length": inputs["input_ids"].shape[1],
         "physical_length": physical_length,
         "decoder_tokens": statistics.mean(queries for _, queries, _ in lengths.decoder),
         "tflops": {part: count / 1e12 for part, count in operations.items()},
         "tflops_total": sum(operations.values()) / 1e12,
+        "tflops_by": by,
         "kv_bytes": kv_bytes,
         "first_token_seconds": seconds,
         "full_seconds": full_seconds,
@@ -91,17 +96,20 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     }
 
 
-def compare(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
+def compare(
+    functions: dict[str, Callable[[], Any]], repeats: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each function in each round; they run in turn, A, B, A, B, after a round that is not timed.
 
-    What slows the machine for a while slows all functions of a round, so judge by ratios within rounds.
+    What slows the machine for a while slows all functions of a round, so judge by ratios within rounds. With
+    `time.process_time` as the clock, waiting for other processes does not count.
     """
     for function in functions.values():
         function()
     times = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(_seconds(function))
+            times[name].append(_seconds(function, clock))
     return times
 
 
@@ -126,8 +134,13 @@ def versions() -> dict[str, str | None]:
 def first_token(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
     """A prefill as generate() runs it: a cache is filled and only the last position goes through the head."""
 
+    from transformers import DynamicCache
+
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
     def call() -> Any:
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        output = model(**inputs, past_key_values=cache, use_cache=True, **last)
         output.logits[:, -1].argmax(dim=-1).tolist()  # the host waits for the token
         return output
 
@@ -164,7 +177,8 @@ def _observed(model: nn.Module, vision: Vision) -> Iterator[Lengths]:
     lengths = Lengths()
 
     def encoder(x: Tensor) -> None:
-        lengths.encoder.append((x.shape[0], x.shape[1]))
+        rows = x.shape[0] if x.dim() > 2 else 1  # else all images are one row (N, D)
+        lengths.encoder.append((rows, x[..., 0].numel() // rows))
 
     def decoder(x: Tensor) -> None:  # a prefill: the tokens attend to one another, no cache comes before them
         lengths.decoder.append((x.shape[0], x.shape[1], x.shape[1]))
@@ -175,9 +189,11 @@ def _observed(model: nn.Module, vision: Vision) -> Iterator[Lengths]:
     def head(x: Tensor) -> None:
         lengths.logits += x[..., 0].numel()
 
-    noted = [(encoder, block) for block in vision.encoder.blocks]
+    noted = [(encoder, block) for block in _blocks(vision)]
     noted += [(decoder, layer) for layer in vision.decoder.layers]
-    noted += [(projector, vision.projector), (head, model.get_output_embeddings())]
+    noted += [(projector, vision.projector)] if vision.projector else []
+    noted += [(head, model.get_output_embeddings())]
+    noted = [(note, module) for note, module in noted if module is not None]
     hooks = [module.register_forward_pre_hook(_entering(note), with_kwargs=True) for note, module in noted]
     try:
         yield lengths
@@ -186,17 +202,40 @@ def _observed(model: nn.Module, vision: Vision) -> Iterator[Lengths]:
             hook.remove()
 
 
+def _blocks(vision: Vision) -> list[nn.Module]:
+    video = [] if vision.video_encoder is vision.encoder else vision.video_encoder.blocks
+    return [*vision.encoder.blocks, *video]
+
+
+def _encoder_tokens(vision: Vision, lengths: Lengths, images: int) -> float | None:
+    blocks = len(_blocks(vision))
+    return sum(rows * tokens for rows, tokens in lengths.encoder) / blocks / images if blocks else None
+
+
+def _held(cache: Any) -> tuple[int, int]:
+    """Positions in the longest layer of a cache, and the bytes of all its tensors."""
+    fields = [field for layer in cache.layers for field in vars(layer).items()]
+    tensors = [(name, value) for name, value in fields if isinstance(value, Tensor)]
+    # keys are (B, H, L, D); layers that keep a state only have none
+    lengths = [value.shape[-2] for name, value in tensors if name.endswith("keys") and value.dim() == 4]
+    return max(lengths), sum(value.nbytes for _, value in tensors)
+
+
 def _entering(note: Callable[[Tensor], None]) -> Callable[..., None]:
-    """A hook that shows `note` what enters a module: its first argument, by position or by name."""
-    return lambda module, args, kwargs: note(args[0] if args else kwargs["hidden_states"])
+    """A hook that shows `note` what enters a module: its first tensor, by position or by name."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        note(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    return hook
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     _wait()
-    start = time.perf_counter()
+    start = clock()
     function()
     _wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait() -> None:

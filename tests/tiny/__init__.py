@@ -20,7 +20,10 @@ class Tiny:
     video    make_inputs(videos=...) works
     works    False where compress() must refuse it
     blurred  a token is made of more patches than those behind it, by convolution or interpolation
-    lacks    what the bare model cannot do: "static", "chunked", "beams", "chats", "eager", "text"
+    lacks    what the bare model cannot do: "static", "chunked", "beams", "uncached", "chats", "eager",
+             "text", "rows" that do not depend on each other, "mixed" images and videos, a "cache" that
+             forward() makes by itself, being cast to "half" precision after it was built, "gradients" for the
+             encoder
     """
 
     build: Callable[[], tuple[nn.Module, MakeInputs]]

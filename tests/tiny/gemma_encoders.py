@@ -1,12 +1,12 @@
-"""The Gemmas that read the prompt in an encoder: T5Gemma 2 and DiffusionGemma."""
+"""Gemmas that the contract of prompts and answers does not fit: T5Gemma 2 and DiffusionGemma read the prompt in
+an encoder, ShieldGemma 2 says yes or no. They have tests of their own, so they are not in HOSTS."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from . import host
-from .gemma import GEMMA3, MIXED, PATCH, mm_types, patches, pooled_length
+from .gemma import GEMMA3, MIXED, PATCH, gemma3_config, mm_types, patches, pooled, pooled_length, types
 from .parts import IMAGE, LLAMA, SIGLIP, Inputs, MakeInputs, maker, randomise, squares
 
 CANVAS = 8  # tokens that DiffusionGemma writes at once
@@ -17,7 +17,6 @@ def answer(ids: Tensor) -> Inputs:
     return {"decoder_input_ids": torch.tensor([[1, 5, 7]]).repeat(len(ids), 1)}
 
 
-@host("t5gemma2")
 def t5gemma2() -> tuple[nn.Module, MakeInputs]:
     from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
@@ -30,18 +29,18 @@ def t5gemma2() -> tuple[nn.Module, MakeInputs]:
         "image_token_index": IMAGE,
     }
     decoder = {**GEMMA3, "model_type": "t5gemma2_decoder"}
-    config = T5Gemma2Config(encoder=encoder, decoder=decoder, image_token_index=IMAGE)
+    config = T5Gemma2Config(
+        encoder=encoder, decoder=decoder, image_token_index=IMAGE, tie_word_embeddings=False
+    )
     make_inputs = maker(squares((3, 64, 64)), lambda i: 16, before=[97], after=[96], extra=answer)
     return randomise(T5Gemma2ForConditionalGeneration(config)), make_inputs
 
 
-def prompt(ids: Tensor) -> Inputs:
+def canvas(ids: Tensor) -> Inputs:
     """The first canvas is random where it is not given."""
-    canvas = torch.arange(3, 3 + CANVAS).repeat(len(ids), 1)
-    return {**mm_types(ids), "decoder_input_ids": canvas}
+    return {**mm_types(ids), "decoder_input_ids": torch.arange(3, 3 + CANVAS).repeat(len(ids), 1)}
 
 
-@host("diffusion_gemma")
 def diffusion_gemma() -> tuple[nn.Module, MakeInputs]:
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
@@ -76,5 +75,12 @@ def diffusion_gemma() -> tuple[nn.Module, MakeInputs]:
         eoi_token_id=95,
         canvas_length=CANVAS,
     )
-    make_inputs = maker(patches, pooled_length, before=[96], after=[95], extra=prompt)
+    make_inputs = maker(patches, pooled_length, before=[96], after=[95], extra=canvas)
     return randomise(DiffusionGemmaForBlockDiffusion(config)), make_inputs
+
+
+def shieldgemma2() -> tuple[nn.Module, MakeInputs]:
+    from transformers import ShieldGemma2Config, ShieldGemma2ForImageClassification
+
+    config = gemma3_config(ShieldGemma2Config, yes_token_index=5, no_token_index=6)
+    return randomise(ShieldGemma2ForImageClassification(config)), pooled(types)

@@ -68,7 +68,7 @@ OPT = {
 }
 
 
-@host("blip-2")
+@host("blip-2", works=False)
 def blip_2():
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
@@ -82,7 +82,7 @@ def blip_2():
     return randomise(Blip2ForConditionalGeneration(config)), maker(squares((3, 32, 32)), lambda i: 16)
 
 
-@host("instructblip")
+@host("instructblip", works=False)
 def instructblip():
     from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 

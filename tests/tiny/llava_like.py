@@ -25,6 +25,7 @@ from .parts import (
 
 SIDE = 32
 FRAMES = 2
+CHUNKED = ("chunked",)  # generate() cannot cut what timm's towers return
 
 
 def flat(numbers: Grouped) -> list[int]:
@@ -178,12 +179,12 @@ def janus():
     return randomise(model), maker(squares((3, SIDE, SIDE)), lambda i: 16, before=(97,), after=(96,))
 
 
-@host("perception_lm", video=True)
+@host("perception_lm", video=True, lacks=CHUNKED)
 def perception_lm():
     return perception(cls=True)
 
 
-@host("perception_lm-nocls", "perception_lm", video=True)
+@host("perception_lm-nocls", "perception_lm", video=True, lacks=CHUNKED)
 def perception_lm_nocls():
     return perception(cls=False)
 
@@ -223,7 +224,7 @@ def perception(cls: bool) -> tuple[nn.Module, MakeInputs]:
     )
 
 
-@host("fast_vlm")
+@host("fast_vlm", lacks=CHUNKED)
 def fast_vlm():
     """A convolutional tower: 4 x 4 tokens out of 256 x 256 pixels."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration

@@ -13,7 +13,6 @@ from .llava_like import FRAMES, films, flat
 from .parts import CLIP, IMAGE, LLAMA, SIGLIP, VIDEO, Grouped, Inputs, MakeInputs, maker, noise, randomise
 
 SIDE = 32
-FILM = films((3, SIDE, SIDE))
 
 
 def pinpoints(side: int) -> list[list[int]]:
@@ -64,31 +63,32 @@ def llava_next_video():
             )
         )
     )
-    return model, packed(model, SIDE, film=FILM, video_length=lambda i: FRAMES * 4)
+    return model, packed(model, SIDE, film=films((3, SIDE, SIDE)), video_length=lambda i: FRAMES * 4)
 
 
 @host("llava_onevision", video=True)
 def llava_onevision():
-    """More than two tiles are made smaller again by interpolation."""
+    """More than two tiles are made smaller again by interpolation, and so are frames: 3 x 3 patches to 2 x 2."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+    side = 24
     model = randomise(
         LlavaOnevisionForConditionalGeneration(
             LlavaOnevisionConfig(
-                vision_config=dict(SIGLIP),
+                vision_config={**SIGLIP, "image_size": side},
                 text_config={**LLAMA, "model_type": "qwen2"},
                 image_token_index=IMAGE,
                 video_token_index=VIDEO,
-                image_grid_pinpoints=pinpoints(SIDE),
+                image_grid_pinpoints=pinpoints(side),
                 vision_aspect_ratio="anyres_max_2",
             )
         )
     )
-    # A newline token ends a film.
-    return model, packed(model, SIDE, film=FILM, video_length=lambda i: FRAMES * 4 + 1)
+    film = films((3, side, side))  # a newline token ends it
+    return model, packed(model, side, film=film, video_length=lambda i: FRAMES * 4 + 1)
 
 
-@host("granite4_vision")
+@host("granite4_vision", blurred=True, lacks=("chunked", "beams", "cache"))  # beams mix up a prompt's images
 def granite4_vision():
     """2 x 2 tokens for each window of 4 x 4 patches, other ones for each of four layers of the decoder."""
     from transformers import Granite4VisionConfig, Granite4VisionForConditionalGeneration

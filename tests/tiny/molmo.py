@@ -56,9 +56,34 @@ def types(ids: Tensor) -> Inputs:
     return {"mm_token_type_ids": (ids == IMAGE).long()}
 
 
+def frames(number: int) -> int:
+    return 2 + number % 2
+
+
+def film(numbers: Grouped, seed: int) -> Inputs:
+    """Videos of low-resolution frames, in the place of pictures."""
+    clips = [number for row in numbers for number in row]
+    pixels = [noise((frames(clip), 64, 3 * PATCH**2), seed, clip) for clip in clips]
+    table = [pooling(4, 4, 64 * frame + torch.arange(64)) for frame in range(sum(map(len, pixels)))]
+    return {
+        "pixel_values_videos": torch.cat(pixels),
+        "video_token_pooling": torch.cat(table),
+        "video_grids": torch.tensor([[len(clip), 4, 4] for clip in pixels]),
+    }
+
+
 @host("molmo2", lacks=("chunked",))
-def molmo2() -> tuple[nn.Module, MakeInputs]:
-    """Videos and pictures share a token and cannot come in one call, so there are only pictures here."""
+def molmo2():
+    return molmo(draw, length)
+
+
+@host("molmo2-video", "molmo2", lacks=("chunked",))
+def molmo2_video():
+    """Videos take the token of pictures and cannot come in one call with them."""
+    return molmo(film, lambda i: 16 * frames(i))
+
+
+def molmo(pictures, tokens) -> tuple[nn.Module, MakeInputs]:
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
@@ -90,5 +115,5 @@ def molmo2() -> tuple[nn.Module, MakeInputs]:
         frame_start_token_id=94,
         frame_end_token_id=93,
     )
-    make_inputs = maker(draw, length, before=[96], after=[95], extra=types)
+    make_inputs = maker(pictures, tokens, before=[96], after=[95], extra=types)
     return randomise(Molmo2ForConditionalGeneration(config)), make_inputs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import host
 from .parts import IMAGE, LLAMA, VIDEO, Grouped, Inputs, MakeInputs, maker, noise, randomise
 
-GRIDS = [(6, 8), (8, 10), (4, 8)]  # (rows, cols) of patches of picture i % 3; a token is 2 x 2 of them
+GRIDS = [(6, 8), (8, 10), (4, 8)]  # (rows, cols) of patches of picture i % 3
 FRAME = (4, 6)
 START, END, STAMP, FILM_START, FILM_END = 97, 96, 95, 94, 93
 
@@ -183,8 +183,13 @@ STAMPED |= GLM | {"glm5_next"}
 STILLS = {"paddleocr_vl", "hunyuan_vl"}
 OMNI = {"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
 UNTYPED = OMNI | {"kimi_k25", "video_llama_3"}
-# GLM-4V counts every placeholder as a picture's and as a film's, so that a call holds pictures or films.
-FILMS = set(CONFIGS) - STILLS - GLM
+# GLM-4V counts every placeholder as a picture's and as a film's, so that a call holds pictures or films; for
+# beams it repeats the pictures of a prompt one by one, as if there were one only.
+LACKS = dict.fromkeys(GLM, ("mixed", "beams")) | {
+    "glm5_next": ("beams",),
+    "ernie4_5_vl_moe": ("uncached",),  # the types of tokens do not grow with the prompt
+    "hunyuan_vl": ("rows",),  # a position counts the pictures of the rows before
+}
 
 
 def build(model_type: str) -> tuple[nn.Module, MakeInputs]:
@@ -232,15 +237,20 @@ def draw(model_type: str):
             "image_grid_thw": torch.tensor(grids),
         }
         if model_type == "video_llama_3":
-            inputs["image_merge_sizes"] = torch.full((len(flat),), 2)
+            inputs["image_merge_sizes"] = torch.tensor([side(i, model_type) for i in flat])
         return inputs
 
     return pictures
 
 
+def side(i: int, model_type: str) -> int:
+    """How many patches are on a token's side. VideoLLaMA 3 is told so for each picture."""
+    return 1 if model_type == "video_llama_3" and i % 3 == 2 else 2
+
+
 def picture_length(model_type: str):
     def length(i: int) -> int:
-        rows, cols = (side // 2 for side in GRIDS[i % 3])
+        rows, cols = (patches // side(i, model_type) for patches in GRIDS[i % 3])
         return rows * (cols + 1) + 2 if model_type == "hunyuan_vl" else rows * cols  # newlines, begin, end
 
     return length
@@ -310,4 +320,26 @@ FAMILIES = {  # model types that an entry of another name serves
     "glmga": "glm46v",
 }
 for name in CONFIGS:
-    host(name, FAMILIES.get(name), video=name in FILMS)(functools.partial(build, name))
+    facts = {"video": name not in STILLS, "lacks": LACKS.get(name, ())}
+    host(name, FAMILIES.get(name), **facts)(functools.partial(build, name))
+
+
+@host("qwen2_5_omni-whole", "qwen2_5_omni", works=False)
+def qwen2_5_omni_whole():
+    return with_voice("qwen2_5_omni")
+
+
+@host("qwen3_omni_moe-whole", "qwen3_omni_moe", works=False)
+def qwen3_omni_moe_whole():
+    return with_voice("qwen3_omni_moe")
+
+
+def with_voice(model_type: str) -> tuple[nn.Module, MakeInputs]:
+    """The model around a thinker. Its voice is left out: it is large, and refused either way."""
+    from transformers import AutoConfig, AutoModelForTextToWaveform
+
+    thinker, make_inputs = build(f"{model_type}_thinker")
+    config = AutoConfig.for_model(
+        model_type, thinker_config=thinker.config.to_dict(), enable_audio_output=False
+    )
+    return AutoModelForTextToWaveform.from_config(config).eval(), make_inputs

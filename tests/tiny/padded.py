@@ -87,7 +87,7 @@ def lfm2_vl() -> tuple[nn.Module, MakeInputs]:
     return randomise(Lfm2VlForConditionalGeneration(config)), maker(padded, merged)
 
 
-@host("lfm3_vl", video=True)
+@host("lfm3_vl", video=True, blurred=True)
 def lfm3_vl() -> tuple[nn.Module, MakeInputs]:
     from transformers import Lfm3VlConfig, Lfm3VlForConditionalGeneration
 
@@ -168,7 +168,9 @@ def llama4() -> tuple[nn.Module, MakeInputs]:
 
 
 @host("minimax_m3_vl", video=True)
-def minimax_m3_vl() -> tuple[nn.Module, MakeInputs]:
+def minimax_m3_vl(blocks: int = 64) -> tuple[nn.Module, MakeInputs]:
+    """blocks: how many a query of a sparse layer may see. Padding shifts them, so that the bare model's rows
+    depend on each other unless it is all of them."""
     from transformers import MiniMaxM3VLConfig
     from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
         MiniMaxM3SparseForConditionalGeneration,
@@ -197,7 +199,7 @@ def minimax_m3_vl() -> tuple[nn.Module, MakeInputs]:
         "index_n_heads": 2,
         "index_head_dim": 8,
         "index_block_size": 8,
-        "index_topk_blocks": 2,
+        "index_topk_blocks": blocks,
     }
     config = MiniMaxM3VLConfig(
         vision_config=vision,

@@ -36,7 +36,7 @@ def parts_of(i: int) -> tuple[int, int]:
     return PARTS[i % len(PARTS)]
 
 
-@host("step3p7")
+@host("step3p7", blurred=True)
 def step3p7():
     from transformers import Step3p7Config, Step3p7ForConditionalGeneration
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..api import compress
-from ..method import get_method
+from ..method import SETTINGS, get_method
 from ..tokens import check_keep
 from .prompts import Batches
 from .results import Results, Row
@@ -45,9 +45,11 @@ def sweep(
 ) -> list[Row]:
     """Runs what `output` does not hold yet and returns the rows of the whole sweep, each a line of the file.
 
-    methods   names, or (name, options) pairs; one with an option `seed` is run once per seed
+    methods   names, or (name, options) pairs; one with an option `seed` is run once per seed. `positions` and
+              `allocate` of `compress()` may stand among the options
     keeps     budgets as in `compress()`
-    baselines run beside the methods at every budget: a score says little without them
+    baselines run beside the methods at every budget: a score says little without them. One that the model
+              cannot serve, such as an encoder that sees one resolution only, is left out with a warning
     tasks     "scenes", "jsonl:PATH" or a `Task`; n and split are for the names
     command   what the rows say they were made by; None: the command line of this process
 
@@ -56,12 +58,12 @@ def sweep(
     Raises ValueError for an unknown method, option, budget, task or model, RuntimeError for a model that is
     compressed already, before anything is run.
     """
+    compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
     methods = _many(methods)
     named = [spec if isinstance(spec, str) else spec[0] for spec in methods]
-    methods += [name for name in _many(baselines) if name not in named]
+    methods += [name for name in _many(baselines) if name not in named and _serves(model, name)]
     settings = list(_settings(methods, _many(keeps), _many(seeds)))
     tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in _many(tasks)]
-    compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
     identity = identify(model)
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     planned = {run_key(identity, task, setting): (task, setting) for task in tasks for setting in settings}
@@ -124,10 +126,21 @@ def _settings(methods: list[MethodSpec], keeps: list[float | int], seeds: list[i
     for keep in map(check_keep, keeps):
         for spec in methods:
             name, options = (spec, {}) if isinstance(spec, str) else spec
-            fields = {field.name for field in dataclasses.fields(get_method(name, **options))}
+            own = {option: value for option, value in options.items() if option not in SETTINGS}
+            fields = {field.name for field in dataclasses.fields(get_method(name, **own))}
             seeded = "seed" in fields and "seed" not in options
             for seed in seeds if seeded else (None,):
                 yield Setting(name, keep, options if seed is None else {**options, "seed": seed})
+
+
+def _serves(model: nn.Module, baseline: str) -> bool:
+    method = get_method(baseline)
+    try:
+        compress(model, method, keep=0.5).remove()
+    except ValueError as error:
+        warnings.warn(f"the sweep runs without the baseline '{baseline}': {error}", stacklevel=3)
+        return False
+    return True
 
 
 def _describe(key: str, identity: str, task: Task, setting: Setting, command: str) -> Row:

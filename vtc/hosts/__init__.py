@@ -16,7 +16,8 @@ class Vision:
     """A host found in a loaded model: the modules that carry vision tokens, in the order they are met.
 
     video_encoder is the image encoder itself except where a family has one of its own for videos. projector
-    is None where the tower holds it. base, the model without its language head, owns get_image_features.
+    is None where the tower holds it. base, the model without its language head, owns get_image_features;
+    decoder reads the prompt, and reader, where there is one, what an encoder made of the prompt.
     """
 
     host: Host
@@ -26,13 +27,13 @@ class Vision:
     video_encoder: Encoder
     projector: nn.Module | None
     decoder: nn.Module
+    reader: nn.Module | None = None
 
     @property
     def mrope(self) -> bool:
-        """Whether positions have several components, which cannot be counted anew."""
-        text = self.decoder.config
-        rope = getattr(text, "rope_parameters", None) or {}
-        return "mrope_section" in rope or any("mrope_section" in v for v in rope.values() if type(v) is dict)
+        """Whether positions have several components, which cannot be counted anew. The config may not tell:
+        most of these families know their sections without it."""
+        return hasattr(self.base, "get_rope_index")
 
 
 def find_host(model: nn.Module) -> Host:
@@ -52,8 +53,9 @@ def find_host(model: nn.Module) -> Host:
 def open_host(model: nn.Module) -> Vision:
     """Finds the vision modules of a model. Raises ValueError where the structure is not the family's."""
     host = find_host(model)
-    base = model.base_model
     try:
+        base = features_owner(model)
+        reader = model.base_model.get_submodule(host.reader) if host.reader else None
         tower = base.get_submodule(host.tower)
         video_tower = base.get_submodule(host.video_tower or host.tower)
         projector = base.get_submodule(host.projector) if host.projector else None
@@ -62,7 +64,15 @@ def open_host(model: nn.Module) -> Vision:
     encoder = Encoder.of(tower, host.cls_last, host.latent)
     same = video_tower is tower
     video_encoder = encoder if same else Encoder.of(video_tower, host.cls_last, host.latent)
-    return Vision(host, model, base, encoder, video_encoder, projector, _layers_owner(base.get_decoder()))
+    decoder = _layers_owner(base.get_decoder())
+    return Vision(host, model, base, encoder, video_encoder, projector, decoder, reader)
+
+
+def features_owner(model: nn.Module) -> nn.Module:
+    """The module whose get_image_features the model calls; of a model of no known family its base."""
+    base, config = getattr(model, "base_model", model), getattr(model, "config", None)
+    known = (host.base for host in HOSTS if getattr(config, "model_type", None) in host.model_types)
+    return base.get_submodule(next(known, ""))
 
 
 def _layers_owner(decoder: nn.Module) -> nn.Module:

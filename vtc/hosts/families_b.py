@@ -37,7 +37,7 @@ FAMILIES = (
 )
 
 _TALKER = (
-    "its talker reads the thinker's states of every token of the prompt; compress the thinker instead, "
-    "as in compress(model.thinker, ...), and generate text with it"
+    "its talker reads the thinker's states of every token of the prompt; call compress(model.thinker, ...) "
+    "and generate(return_audio=False)"
 )
 REFUSED = {"qwen2_5_omni": _TALKER, "qwen3_omni_moe": _TALKER}

@@ -62,6 +62,12 @@ class Host:
     tiled       an image may become several encoder rows
     latent      tokens are queries of a resampler: no attention or keys of patches belong to them
     cls_last    CLS stands behind the patches, not in front of them
+    late        the projector works on the features in forward, when they are put into the prompt
+    blocks_everywhere  image tokens see each other in all decoder layers
+    slots       sparse decoder layers take positions for places in the cache
+    base        path from the model's base to the module that makes the features, where it is another one
+    reader      path from the model's base to a decoder of its own that reads what became of the prompt
+    memory      images are not in the prompt: layers of cross-attention look at them
     resizable   the tower takes smaller pictures, and the projector works token by token
     """
 
@@ -77,4 +83,10 @@ class Host:
     tiled: bool = False
     latent: bool = False
     cls_last: bool = False
+    late: bool = False
+    base: str = ""
+    reader: str = ""
+    slots: bool = False
+    blocks_everywhere: bool = False
+    memory: bool = False
     resizable: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,11 @@ def llava_next_layout(vision: Vision, arguments: dict[str, Any], items: list[Ten
     side = _side(vision)
     patches = patches_behind((side, side), (int(side * rate), int(side * rate)), _CPU)
     tiles = _count_tiles(vision, arguments)
-    cut = zip(_pack(vision, arguments, tiles, len(patches)), tiles, strict=True)
-    layouts = [_layout(numbers, count, patches) for numbers, count in cut]
-    return _finish(layouts, tiles, side, arguments, items)
+    layouts = [
+        _layout(*image, patches, side**2)
+        for image in zip(_pack(vision, arguments, tiles, len(patches)), tiles, _pixels(arguments, tiles))
+    ]
+    return _count_on(layouts, items, tiles, side**2)
 
 
 def llava_onevision_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
@@ -42,16 +45,15 @@ def llava_onevision_layout(vision: Vision, arguments: dict[str, Any], items: lis
     side = _side(vision)
     patches = patches_behind((side, side), (side, side), _CPU)
     tiles = _count_tiles(vision, arguments)
+    packed = _pack(vision, arguments, tiles, side**2)
+    unlimited = _pack(vision, arguments, tiles, side**2, **_UNLIMITED)
     layouts = []
-    for numbers, whole, count in zip(
-        _pack(vision, arguments, tiles, len(patches)),
-        _pack(vision, arguments, tiles, len(patches), **_UNLIMITED),
-        tiles,
-        strict=True,
-    ):
-        same = len(numbers) == len(whole)
-        layouts.append(_layout(whole, count, patches) if same else _blend(numbers, whole, len(patches)))
-    return _finish(layouts, tiles, side, arguments, items)
+    for numbers, whole, count, pixels in zip(packed, unlimited, tiles, _pixels(arguments, tiles)):
+        if len(numbers) == len(whole):
+            layouts.append(_layout(numbers, count, pixels, patches, side**2))
+        else:
+            layouts.append(_blend(numbers, whole, pixels, side))
+    return _count_on(layouts, items, tiles, side**2)
 
 
 def _side(vision: Vision) -> int:
@@ -74,6 +76,12 @@ def _count_tiles(vision: Vision, arguments: dict[str, Any]) -> list[int]:
     ]
 
 
+def _pixels(arguments: dict[str, Any], tiles: list[int]) -> Sequence[Tensor]:
+    """Those of each image: tiles are stacked and padded, or follow each other over all images."""
+    pixels = arguments["pixel_values"]
+    return pixels if pixels.dim() == 5 else pixels.split(tiles)
+
+
 def _pack(
     vision: Vision, arguments: dict[str, Any], tiles: list[int], n: int, **options: Any
 ) -> list[Tensor]:
@@ -89,52 +97,47 @@ def _pack(
     return [numbers[:, 0].long() for numbers in packed]
 
 
-def _finish(
-    layouts: list[Layout], tiles: list[int], side: int, arguments: dict[str, Any], items: list[Tensor]
-) -> list[Layout]:
-    """Counts patches over all images, which are numbered image by image so far."""
+def _count_on(layouts: list[Layout], items: list[Tensor], tiles: list[int], area: int) -> list[Layout]:
+    """Numbers the patches of all images one behind the other; `area` patches make a tile."""
     first = 0
-    for image, (layout, count, item) in enumerate(zip(layouts, tiles, items, strict=True)):
+    for image, (layout, item, count) in enumerate(zip(layouts, items, tiles, strict=True)):
         if len(item) != layout.length:
             raise ValueError(
                 f"image {image} has {len(item)} features where its tiles give {layout.length}: "
                 "check vision_feature_select_strategy, it must fit the vision tower"
             )
-        layout.patches = [patches + first * side**2 for patches in layout.patches]
-        layout.pixels = arguments["pixel_values"][image]
+        layout.patches = [patches + first * area for patches in layout.patches]
         first += count
     return [layout.to(item.device) for layout, item in zip(layouts, items)]
 
 
-def _layout(numbers: Tensor, tiles: int, patches: Tensor) -> Layout:
-    """numbers (n_slots,) of the tokens of an image; patches (n, m) behind each token of a tile."""
+def _layout(numbers: Tensor, tiles: int, pixels: Tensor, patches: Tensor, area: int) -> Layout:
+    """numbers (n_slots,) of the tokens of an image; patches (n, m) behind each token of a tile of `area`."""
     n = len(patches)
     owner = torch.where(numbers < 0, -1, numbers // n)
-    found = [_tile(numbers, owner == tile, patches) for tile in range(tiles)]
-    found = [(tile, behind) for tile, behind in found if len(tile.slots)]
-    layout = Layout([tile for tile, _ in found], [behind for _, behind in found], numbers, len(numbers))
+    found = []
+    for number in range(tiles):
+        slots = (owner == number).nonzero()[:, 0]
+        tokens = numbers[slots] - number * n  # ascending: raster order
+        if len(slots):
+            rows = len((tokens // math.isqrt(n)).unique())
+            found.append((Tile(slots, (rows, len(slots) // rows)), patches[tokens] + number * area))
+    layout = Layout([tile for tile, _ in found], [behind for _, behind in found], pixels, len(numbers))
     layout.tiles[0].thumbnail = len(layout.tiles) > 1
     _set_boxes(layout, numbers)
     return layout
 
 
-def _tile(numbers: Tensor, mine: Tensor, patches: Tensor) -> tuple[Tile, Tensor]:
-    slots = mine.nonzero()[:, 0]
-    tile, token = numbers[slots] // len(patches), numbers[slots] % len(patches)  # raster order within a tile
-    rows = len((token // math.isqrt(len(patches))).unique())
-    total = len(patches) * patches.shape[1]
-    return Tile(slots, (rows, len(slots) // max(rows, 1))), patches[token] + (tile * total)[:, None]
-
-
-def _blend(numbers: Tensor, whole: Tensor, n: int) -> Layout:
-    """An interpolated image: `numbers` of its tokens, `whole` of those it was made of, one for each patch."""
+def _blend(numbers: Tensor, whole: Tensor, pixels: Tensor, side: int) -> Layout:
+    """An interpolated image: `numbers` of its tokens, `whole` of the patches they were made of."""
+    n = side**2
     (rows, cols), (old_rows, old_cols) = _shape(numbers[n:]), _shape(whole[n:])
     behind = patches_behind((old_rows, old_cols), (rows, cols), _CPU)
     patches = whole[n:].view(old_rows, old_cols + 1)[:, :-1].flatten()[behind]
     slots = torch.arange(n, len(numbers)).view(rows, cols + 1)[:, :-1].flatten()
-    side = math.isqrt(n)
     tiles = [Tile(torch.arange(n), (side, side), thumbnail=True), Tile(slots, (rows, cols))]
-    return Layout(tiles, [torch.arange(n)[:, None], patches], numbers, len(numbers))
+    thumbnail = torch.arange(n)[:, None].expand(n, patches.shape[1])  # tiles may become one row
+    return Layout(tiles, [thumbnail, patches], pixels, len(numbers))
 
 
 def _shape(numbers: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .host import Layout
-from .sized import merged
+from .raster import rectangle
 
 if TYPE_CHECKING:
     from . import Vision
@@ -30,7 +30,7 @@ def _layouts(pixels: Tensor, sizes: Tensor, items: list[Tensor]) -> list[Layout]
         halved = rows * cols == 16 * len(item)
         grid = (rows // 2, cols // 2) if halved else (rows, cols)
         own = pixels[..., start * patch : (start + rows * cols) * patch]
-        layouts.append(merged(grid, len(item), first, own, item.device))
+        layouts.append(rectangle(first, grid, own, item.device, ratio=2))
         first += grid[0] * grid[1]
         start += rows * cols
     return layouts

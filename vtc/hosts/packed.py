@@ -6,6 +6,7 @@ square by square, in the order of their tokens, or in raster order themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,29 @@ Order = Callable[[tuple[int, int], int, torch.device], Tensor]
 
 def packed_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
     """The patches of a token are neighbours in the row. Frames of a video are the tiles of its layout."""
-    layouts = _layouts(vision, arguments, items, _in_order)
-    window = getattr(vision.encoder.tower.config, "window_size", None)
-    return _in_windows(layouts, vision, arguments, window) if window else layouts
+    layouts, config = _layouts(vision, arguments, items, _in_order), vision.encoder.tower.config
+    return _in_windows(layouts, arguments, config) if getattr(config, "window_size", None) else layouts
 
 
 def packed_raster_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
     """The patches of a picture are in raster order; its tokens, too."""
-    return _layouts(vision, arguments, items, squares)
+    layouts, tower = _layouts(vision, arguments, items, squares), vision.encoder.tower
+    return _in_windows(layouts, arguments, tower) if getattr(tower, "window_size", None) else layouts
+
+
+def packed_tokens_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
+    """As packed_layout, where grids and rows of pixels are counted in tokens."""
+    area = vision.encoder.tower.config.spatial_merge_size**2
+    layouts, first = [], 0
+    for item, (_, rows, cols) in zip(items, arguments["image_grid_thw"].tolist(), strict=True):
+        last = first + len(item)
+        slots = torch.arange(len(item), device=item.device).split(rows * cols)
+        patches = torch.arange(first * area, last * area, device=item.device).view(-1, area)
+        tiles = [Tile(frame, (rows, cols)) for frame in slots]
+        own = arguments["pixel_values"][first:last]
+        layouts.append(Layout(tiles, list(patches.split(rows * cols)), own))
+        first = last
+    return layouts
 
 
 def packed_newline_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
@@ -50,8 +66,11 @@ def packed_newline_layout(vision: Vision, arguments: dict[str, Any], items: list
 def _layouts(vision: Vision, arguments: dict[str, Any], items: list[Tensor], order: Order) -> list[Layout]:
     kind = "image" if "pixel_values" in arguments else "video"
     pixels = arguments["pixel_values" if kind == "image" else "pixel_values_videos"]
-    grids = arguments[f"{kind}_grid_thw"].tolist()
-    sides = _sides(vision, arguments.get(f"{kind}_merge_sizes"), len(grids))
+    if f"{kind}_grid_thw" in arguments:
+        grids = arguments[f"{kind}_grid_thw"].tolist()
+    else:
+        grids = [(1, rows, cols) for rows, cols in arguments[f"{kind}_grid_hw"].tolist()]
+    sides = _sides(vision, arguments.get(f"{kind}_merge_sizes"), grids, items)
     layouts, first = [], 0
     for item, (frames, rows, cols), side in zip(items, grids, sides, strict=True):
         grid, last = (rows // side, cols // side), first + frames * rows * cols
@@ -67,29 +86,31 @@ def _layouts(vision: Vision, arguments: dict[str, Any], items: list[Tensor], ord
     return layouts
 
 
-def _sides(vision: Vision, given: Tensor | None, count: int) -> list[int]:
+def _sides(vision: Vision, given: Tensor | None, grids: list, items: list[Tensor]) -> list[int]:
     """How many patches are on a token's side, for each picture or video."""
     if given is not None:
         return given.tolist()
     config = vision.encoder.tower.config
-    side = getattr(config, "spatial_merge_size", None) or config.merge_kernel_size[0]
-    return [side] * count
+    side = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", [None])[0]
+    if side:
+        return [side] * len(grids)
+    return [math.isqrt(math.prod(grid) // len(item)) for grid, item in zip(grids, items, strict=True)]
 
 
 def _in_order(grid: tuple[int, int], side: int, device: torch.device) -> Tensor:
     return torch.arange(grid[0] * grid[1], device=device).view(-1, side * side)
 
 
-def _in_windows(
-    layouts: list[Layout], vision: Vision, arguments: dict[str, Any], window: int
-) -> list[Layout]:
-    """Such a tower sorts tokens by windows of attention in front of its blocks, and back behind them."""
+def _in_windows(layouts: list[Layout], arguments: dict[str, Any], tower: Any) -> list[Layout]:
+    """Such a tower sorts tokens by windows of attention in front of its blocks, and back behind them.
+    tower: itself or its config, whichever knows the windows."""
     from transformers.vision_utils import get_vision_window_index
 
-    config = vision.encoder.tower.config
     grids = arguments["image_grid_thw" if "pixel_values" in arguments else "video_grid_thw"]
-    sorted_by, _ = get_vision_window_index(grids, config.spatial_merge_size, window, config.patch_size)
-    area = config.spatial_merge_size**2
+    sorted_by, _ = get_vision_window_index(
+        grids, tower.spatial_merge_size, tower.window_size, tower.patch_size
+    )
+    area = tower.spatial_merge_size**2
     place = sorted_by.argsort().to(layouts[0].tiles[0].slots.device)  # where the tower has each token
     return [
         replace(layout, patches=[place[p // area] * area + p % area for p in layout.patches])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..record import Tile
 from .host import Layout
-from .raster import patch_grid, whole_image
+from .raster import patch_grid, rectangle
 
 if TYPE_CHECKING:
     from . import Vision
@@ -31,8 +32,9 @@ def prompts_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor
         slots = torch.arange(n, device=device)
         return [Layout([Tile(slots, (1, n))], None, picture) for picture in cropped]
     grid = patch_grid(vision.encoder.tower, pixels)
-    ratio = round((grid[0] * grid[1] / n) ** 0.5)
-    return [whole_image(row, grid, picture, device, ratio) for row, picture in enumerate(cropped)]
+    area = grid[0] * grid[1]
+    ratio = math.isqrt(area // n)
+    return [rectangle(row * area, grid, picture, device, ratio) for row, picture in enumerate(cropped)]
 
 
 def _real(pixels: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ def raster_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]
     Raises ValueError where the features are not the tower's patches, one by one or in squares.
     """
     pixels, sizes = _pixels(arguments), arguments.get("image_sizes")
+    sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
     layouts, start = [], 0
     for number, item in enumerate(items):
         own = pixels[number] if sizes is None else pixels[number, :, : sizes[number][0], : sizes[number][1]]
@@ -38,7 +39,9 @@ def map_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -
     for own, item in zip(_pixels(arguments), items, strict=True):
         grid = fitting_grid(len(item), tuple(own.shape[-2:]))
         if grid is None:
-            raise ValueError(f"{len(item)} features are no rectangle of the shape of {tuple(own.shape)} pixels")
+            raise ValueError(
+                f"{len(item)} features are no rectangle of the shape of {tuple(own.shape)} pixels"
+            )
         layouts.append(Layout([Tile(torch.arange(len(item), device=item.device), grid)], None, own))
     return layouts
 
@@ -55,7 +58,9 @@ def rectangle(
     of them, behind `first` other tokens."""
     rows, cols = grid[0] // ratio, grid[1] // ratio
     slots = torch.arange(first, first + rows * cols, device=device)
-    return Layout([Tile(slots, (rows, cols))], [squares(grid, ratio, device) + start], pixels, first + len(slots))
+    return Layout(
+        [Tile(slots, (rows, cols))], [squares(grid, ratio, device) + start], pixels, first + len(slots)
+    )
 
 
 def squares(grid: tuple[int, int], ratio: int, device: torch.device) -> Tensor:
@@ -100,8 +105,9 @@ def _pixels(arguments: dict[str, Any]) -> Tensor:
 
 def _blended(size: int, out: int, device: torch.device) -> Tensor:
     """The two places of `size` that interpolation to `out` takes each from, the same twice if it is one."""
-    centre = ((torch.arange(out, device=device) + 0.5) * size / out - 0.5).clamp(0, size - 1)
-    return torch.stack([centre.floor(), centre.ceil()], dim=1).long()
+    centre = ((2 * torch.arange(out, device=device) + 1) * size - out).clamp(0, 2 * out * (size - 1))
+    low, high = centre // (2 * out), -(-centre // (2 * out))  # of whole numbers, so that none is rounded
+    return torch.stack([low, high], dim=1)
 
 
 def _ratio(patches: tuple[int, int], n: int, image: int) -> tuple[int, int]:

@@ -27,7 +27,9 @@ class Encoder:
     def of(cls, tower: nn.Module, cls_last: bool = False, latent: bool = False) -> Encoder:
         extra = extra_tokens(tower)
         prefix, suffix = (0, extra) if cls_last else (extra, 0)
-        return cls(tower, find_blocks(tower), prefix, suffix, latent)
+        # MiniCPM-V merges patches behind one of its blocks; those that follow see what tokens are made of
+        merged = getattr(getattr(tower, "config", None), "insert_layer_id", -1)
+        return cls(tower, find_blocks(tower)[merged + 1 :], prefix, suffix, latent)
 
     @property
     def has_cls(self) -> bool:
@@ -39,21 +41,22 @@ class Encoder:
         return 0 if self.prefix else -1
 
     def attention(self, layer: int) -> nn.Module:
-        return next(
-            module for module in map(self.blocks[layer]._modules.get, ATTENTION_NAMES) if module is not None
-        )
+        return _attention(self.blocks[layer])
 
 
 def find_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The longest list of modules that each hold an attention module; empty if there is none."""
+    """The blocks with an attention module in the list that has most of them; others in it are convolutions."""
     lists = [
-        list(module)
+        [block for block in module if _attention(block) is not None]
         for module in tower.modules()
         if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(any(name in block._modules for name in ATTENTION_NAMES) for block in module)
     ]
     return max(lists, key=len, default=[])
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    found = map(block._modules.get, ATTENTION_NAMES)
+    return next((module for module in found if not isinstance(module, (nn.ModuleList, type(None)))), None)
 
 
 def extra_tokens(tower: nn.Module) -> int:
@@ -63,6 +66,6 @@ def extra_tokens(tower: nn.Module) -> int:
         leaf = name.rsplit(".", 1)[-1]
         if leaf in ("class_embedding", "cls_token"):
             extra += 1
-        elif leaf == "register_tokens":
+        elif leaf in ("register_tokens", "cls_register_token"):
             extra += parameter.shape[-2]
     return extra

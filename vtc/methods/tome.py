@@ -9,6 +9,8 @@ from torch import Tensor
 from ..method import Layer, Merge, Need, register
 from ..tokens import Reduction, Tokens
 
+_PAIRS = 1 << 22  # similarities held at once: 16 MiB
+
 
 @register
 @dataclass
@@ -52,7 +54,10 @@ def match(metric: Tensor, r: int) -> Reduction:
     """One round: the r even tokens with the most similar odd partner go into it. metric (B, N, D)."""
     batch, n, _ = metric.shape
     metric = F.normalize(metric, dim=-1)
-    best, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)  # (B, N/2) each
+    odd = metric[:, 1::2].transpose(1, 2)  # (B, D, N/2)
+    few = max(1, _PAIRS // (batch * n))  # rows at a time: all pairs of 10,000 tokens would be 100 MB
+    found = [(rows @ odd).max(dim=2) for rows in metric[:, ::2].split(few, dim=1)]
+    best, partner = (torch.cat(part, dim=1) for part in zip(*found))  # (B, N/2) each
     even = best.sort(dim=1, descending=True, stable=True).indices[:, :r]  # (B, r)
     place = torch.arange(n, device=metric.device).repeat(batch, 1)
     place = place.scatter(1, 2 * even, 2 * partner.gather(1, even) + 1)

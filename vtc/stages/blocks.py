@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hosts import Vision
 from .cache import CacheState
 
 
@@ -26,9 +29,16 @@ class BlockMasks:
     types: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> BlockMasks:
-        build = getattr(type(model), "create_masks_for_generate", None)
+    def of(cls, vision: Vision) -> BlockMasks:
+        model = vision.model
+        if vision.host.blocks_everywhere:
+            build = _blocks_everywhere(vision.base)
+        else:
+            owners = (type(model), type(model.base_model), type(vision.base))
+            build = next((b for o in owners if (b := getattr(o, "create_masks_for_generate", None))), None)
         names = inspect.signature(build).parameters if build else ()
+        if "is_first_iteration" in names:
+            build = functools.partial(build, is_first_iteration=True)
         return cls(model.config, build, tuple(name for name in names if name.endswith("token_type_ids")))
 
     def whole(
@@ -62,7 +72,22 @@ class BlockMasks:
             attention_mask=None if mask is None else mask.long(),
             past_key_values=kwargs.get("past_key_values"),
             position_ids=positions if positions is None or positions.dim() == 2 else positions[0],
-            is_first_iteration=True,
             **types,
         )
         return {**kwargs, "attention_mask": masks}
+
+
+def _blocks_everywhere(base: nn.Module) -> Callable[..., Any]:
+    """What such a base model builds in forward. Its family's `create_masks_for_generate`, which generate() calls
+    for static caches only, lets the tokens of an image see each other in sliding layers alone."""
+    family = sys.modules[type(base).__module__]
+
+    def build(config: Any, mm_token_type_ids: Tensor, **given: Any) -> Any:
+        from transformers.masking_utils import create_masks_for_generate
+
+        blocks = family.get_block_sequence_ids_for_mask(
+            mm_token_type_ids, device=given["inputs_embeds"].device
+        )
+        return create_masks_for_generate(config=config.get_text_config(), block_sequence_ids=blocks, **given)
+
+    return build

@@ -135,6 +135,15 @@ def shrink_static(cache: Any, by: int) -> int:
     return shrunk
 
 
+def declare_shorter(cache: Any, by: int) -> None:
+    """Corrects layers that were told the length of the prompt before it was shortened: Unlimited-OCR keeps
+    the prompt for good and lets go of what it generated."""
+    for layer in getattr(cache, "layers", ()):
+        declared = getattr(layer, "prefill_length", None)
+        if declared is not None and layer.prefill_cumulative_length < declared:
+            layer.prefill_length = declared - by
+
+
 def physical_mask(cache: Any, state: CacheState, tail: Tensor | None, new: int) -> Tensor | None:
     """The 2-D mask over the cache and `new` more tokens: (B, physical + new), or None without padding.
 

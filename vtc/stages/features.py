@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -21,8 +20,11 @@ from ..hosts import Vision
 from ..hosts.host import Layout, LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
+from ..threads import thread_key
 from ..tokens import Reduction, Tokens, check_keep, count_kept
 from .fields import items, join, put
+from .late import LateProjector
+from .readers import Reader
 from .resolution import LowResolution
 from .shorten import Shortening
 
@@ -44,6 +46,8 @@ class FeaturesStage:
         self.sources = _sources(vision, method)
         self.shortening = Shortening(vision, repack=positions == "repack")
         self.resolution = LowResolution(vision) if method.lowers_resolution else None
+        self.reader = Reader(vision.reader) if vision.reader else None
+        self.late = LateProjector(vision.projector) if vision.host.late else None
         self.keep = self.check(keep)
 
     def check(self, keep: int | float) -> int | float:
@@ -72,6 +76,9 @@ class FeaturesStage:
         for capture in self._captures():
             capture.install()
         self.shortening.install()
+        for part in (self.late, self.reader):
+            if part:
+                part.install()
         if self.resolution:
             self.resolution.install(self)
 
@@ -86,6 +93,9 @@ class FeaturesStage:
         for capture in self._captures():
             capture.remove()
         self.shortening.remove()
+        for part in (self.late, self.reader):
+            if part:
+                part.remove()
         if self.resolution:
             self.resolution.remove()
 
@@ -94,9 +104,11 @@ class FeaturesStage:
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own method returns, dropped tokens marked by rows of NaN."""
-        source, thread = self.sources[name], threading.get_ident()
+        source, thread = self.sources[name], thread_key()
         if thread in self._nested:  # videos of many families go through the method for images
             return source.original(base, *args, **kwargs)
+        self._refuse_changes(base)
+        source.capture.follow()
         # Then nothing has to be scored. A whole number 1 is one token.
         everything = isinstance(self.keep, float) and self.keep == 1
         self._nested.add(thread)
@@ -111,8 +123,24 @@ class FeaturesStage:
         given = inspect.signature(source.original).bind(base, *args, **kwargs).arguments
         given = {**given, **given.pop("kwargs", {})}
         self._mark(name, output, given, recording)
+        if self.resolution:
+            self.resolution.forget()
         self.spent += time.perf_counter() - start + (0.0 if everything else recording.seconds)
         return output
+
+    def _refuse_changes(self, base: nn.Module) -> None:
+        """Raises RuntimeError for what was done to the model since install() and leaves hooks behind."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "a compressed model cannot be exported or traced, because its data decide how many tokens each "
+                "prompt keeps: remove() the compression before, or use torch.compile"
+            )
+        hooked = self.vision.projector if self.late or self.resolution else None
+        if hooked is not None and base.get_submodule(self.vision.host.projector) is not hooked:
+            raise RuntimeError(
+                f"the projector was replaced after compress(), as PEFT's modules_to_save does, but "
+                f"'{self.method.name}' works with it: call compress() with replace=True"
+            )
 
     def _mark(self, name: str, output: Any, given: dict[str, Any], recording: Recording | None) -> None:
         """Reduces the features in an output object, image by image, and notes what became of each."""
@@ -125,20 +153,17 @@ class FeaturesStage:
                 f"{[layout.length for layout in layouts]}: please report this with the inputs' shapes"
             )
         features = tokens.split([layout.length for layout in layouts])
-        rows = [
-            row
-            for image, layout in enumerate(layouts)
-            for row in _rows(image, layout, self.keep, self.allocate)
-        ]
+        rows = rows_of(layouts, self.keep, self.allocate)
         reduced, records = self._reduce(rows, features, layouts, recording, width)
         dropped = any(new is not old for new, old in zip(reduced, features))
         if dropped:
             put(output, host.features, host.deep, torch.cat(reduced))
         self.shortening.seen(output, dropped)
-        if self.shortening.over():
+        if self.shortening.begins():
             self._records.clear()
             self.spent = 0.0
-        self._records[name] = records
+        before = self._records.get(name, []) if self.shortening.inside() else []
+        self._records[name] = [*before, *records]  # videos of some families come by the method for images
 
     def _reduce(
         self,
@@ -269,6 +294,11 @@ class _Row:
     @property
     def n(self) -> int:
         return len(self.tile.slots)
+
+
+def rows_of(layouts: list[Layout], keep: int | float, allocate: str) -> list[_Row]:
+    """What a method is to reduce: each tile of each image, with its share of the image's budget."""
+    return [row for image, layout in enumerate(layouts) for row in _rows(image, layout, keep, allocate)]
 
 
 def _rows(image: int, layout: Layout, keep: int | float, allocate: str) -> list[_Row]:

@@ -11,32 +11,43 @@ from torch import Tensor
 
 def items(value: Any) -> list[Tensor]:
     """What the field holds one entry for: an image, a tile, a frame, or all images in one matrix."""
+    if _numbered(value):
+        value = value[0][1]
     return [value] if isinstance(value, Tensor) and value.dim() == 2 else list(value)
 
 
 def join(output: Any, key: str, deep: str | None) -> tuple[Tensor, int]:
     """All tokens (N, D + deep ones) and D. Features of the same token for deeper layers stand beside it, so
     that they are kept, averaged and dropped with it."""
-    main = _flatten(output[key])
-    return torch.cat([main, *map(_flatten, _layers(output, deep))], dim=1), main.shape[1]
+    flat = [_flatten(value) for value in _values(output, key, deep)]
+    return torch.cat(flat, dim=1), flat[0].shape[1]
 
 
 def put(output: Any, key: str, deep: str | None, tokens: Tensor) -> None:
     """Writes tokens (N, D + deep ones) into the fields that `join` read."""
-    layers = _layers(output, deep)
-    widths = [_flatten(value).shape[1] for value in [output[key], *layers]]
-    main, *rest = tokens.split(widths, dim=1)
-    output[key] = _like(output[key], main)
-    if layers:
-        written = [_like(value, part) for value, part in zip(layers, rest)]
+    values = _values(output, key, deep)
+    parts = tokens.split([_flatten(value).shape[1] for value in values], dim=1)
+    main, *rest = [_like(value, part) for value, part in zip(values, parts)]
+    old = output[key]
+    output[key] = [(layer, new) for (layer, _), new in zip(old, [main, *rest])] if _numbered(old) else main
+    if rest and deep is not None:
         old = output[deep]
-        output[deep] = dict(zip(old, written)) if isinstance(old, dict) else type(old)(written)
+        output[deep] = dict(zip(old, rest)) if isinstance(old, dict) else type(old)(rest)
 
 
-def _layers(output: Any, deep: str | None) -> list[Any]:
-    if deep is None or output[deep] is None:
-        return []
-    return list(output[deep].values()) if isinstance(output[deep], dict) else list(output[deep])
+def _values(output: Any, key: str, deep: str | None) -> list[Any]:
+    """The features that are put into the prompt, then those for early decoder layers."""
+    if _numbered(output[key]):
+        return [features for _, features in output[key]]
+    layers = None if deep is None else output[deep]
+    if layers is None:
+        return [output[key]]
+    return [output[key], *(layers.values() if isinstance(layers, dict) else layers)]
+
+
+def _numbered(value: Any) -> bool:
+    """Whether it holds pairs of a decoder layer and the features for it, none being put into the prompt."""
+    return isinstance(value, list) and isinstance(value[0], tuple) and isinstance(value[0][0], int)
 
 
 def _flatten(value: Any) -> Tensor:

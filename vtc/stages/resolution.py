@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..grid import low_grid, nearest
 from ..hosts import Vision
+from ..threads import thread_key
 from ..tokens import count_kept
 
 
@@ -51,9 +51,13 @@ class LowResolution:
                 "different numbers of tiles, which all go through the encoder at one resolution"
             )
 
+    def forget(self) -> None:
+        """The picture of this thread is done with."""
+        self._sizes.pop(thread_key(), None)
+
     def cells(self, patches: Tensor) -> Tensor:
         """The low-resolution token under each patch (rows, n), counted over an encoder row."""
-        grid, low = self._sizes[threading.get_ident()]
+        grid, low = self._sizes[thread_key()]
         return nearest(grid, low, patches.device)[patches % (grid[0] * grid[1])]
 
     def _shrink(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -61,7 +65,7 @@ class LowResolution:
         patch = self.vision.encoder.tower.config.patch_size
         grid = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         low = low_grid(grid, count_kept(self._stage.keep, grid[0] * grid[1]))
-        self._sizes[threading.get_ident()] = grid, low
+        self._sizes[thread_key()] = grid, low
         if low == grid:
             return args, kwargs
         size = low[0] * patch, low[1] * patch
@@ -70,7 +74,8 @@ class LowResolution:
         return args[1:] if args else args, kwargs
 
     def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        grid, low = self._sizes[threading.get_ident()]
+        # Without sizes no picture is under way: of a projector copied alone, its copied hook has nothing to do.
+        grid, low = self._sizes.get(thread_key(), (None, None))
         if low == grid:
             return output
         first = output.shape[1] - low[0] * low[1]  # CLS, where the host keeps it

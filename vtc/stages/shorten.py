@@ -10,7 +10,7 @@ steps of a conversation are told about the shorter cache by the cache itself.
 from __future__ import annotations
 
 import inspect
-import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Vision
+from ..threads import thread_key
 from ..tokens import gather
 from .blocks import BlockMasks
-from .cache import CacheState, attach, physical_length, physical_mask, shrink_static, state_of
+from .cache import (
+    CacheState,
+    attach,
+    declare_shorter,
+    physical_length,
+    physical_mask,
+    shrink_static,
+    state_of,
+)
 
-_HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values"}
+_HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 # What some families give their decoder besides, one entry for each token of the prompt: (B, L, ...).
 _PER_TOKEN = {"per_layer_inputs", "ple_input_ids", "moe_mm_token_type_ids", "mm_token_type_ids"}
 _VISUAL = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
@@ -65,12 +74,15 @@ class _Call:
     """One call of the base model, between its hooks."""
 
     vision: bool = False
+    fresh: bool = False  # it got no features from before, and has made none so far
     seen: bool = False  # the features of this call went through the stage
     dropped: bool = False  # and some of their rows are marked, or may be
+    reached: bool = False  # the decoder was run
     mask: Tensor | None = None
     foreign_mask: bool = False  # the caller gave a mask of another form, for the full prompt
     types: dict[str, Tensor] = field(default_factory=dict)  # (B, any) kinds of tokens, for block masks
     plan: Plan | None = None
+    marked: Tensor | None = None  # (B, L) the tokens that the plan drops
     state: CacheState | None = None
 
 
@@ -83,7 +95,7 @@ class Shortening:
         self._inputs = [
             name for name in self._parameters if name.startswith(("pixel_values", "image_patches"))
         ]
-        self._masks = BlockMasks.of(vision.model)
+        self._masks = BlockMasks.of(vision)
         self._calls: dict[int, _Call] = {}  # by thread
         self._over: set[int] = set()  # threads whose last forward with images has ended
         self._hooks: list[Any] = []
@@ -95,6 +107,9 @@ class Shortening:
             self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
             self.base.register_forward_hook(self._leave_base),
         ]
+        if self.host.slots:
+            sparse = [m for m in self.decoder.modules() if getattr(m, "indexer", None) is not None]
+            self._hooks += [m.register_forward_pre_hook(self._count_slots, with_kwargs=True) for m in sparse]
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -105,36 +120,60 @@ class Shortening:
     def seen(self, output: Any, dropped: bool) -> None:
         """The stage reports features that went through it. generate() encodes first and passes them later."""
         output.__class__ = _tagged(type(output), dropped)
-        if call := self._calls.get(_thread()):
+        if call := self._calls.get(thread_key()):
             call.seen = True
             call.dropped |= dropped
 
-    def over(self) -> bool:
+    def begins(self) -> bool:
         """Whether features that come now are the first of a new forward."""
-        over = _thread() in self._over
-        self._over.discard(_thread())
-        return over
+        call = self._calls.get(thread_key())
+        begins = thread_key() in self._over or (call is not None and call.fresh)
+        self._over.discard(thread_key())
+        if call is not None:
+            call.fresh = False
+        return begins
+
+    def inside(self) -> bool:
+        """Whether the base model is running, so that all features are of one forward."""
+        return thread_key() in self._calls
 
     # -- the base model: what came in, before embeddings and features are mixed
 
     def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel runs copies whose image features the first of them would make: train "
+                "with DistributedDataParallel (torchrun or accelerate launch), or show one GPU only"
+            )
         given = {**dict(zip(self._parameters, args)), **kwargs}
         ready = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
         mask = given.get("attention_mask")
-        self._calls[_thread()] = _Call(
+        self._calls[thread_key()] = _Call(
             vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
+            fresh=not ready,
             seen=bool(ready) and all(hasattr(output, _TAG) for output in ready),
             # embeddings that a caller mixed may hold marked features too
             dropped=given.get("inputs_embeds") is not None or any(getattr(r, _TAG, False) for r in ready),
             mask=_mask2d(mask),
             foreign_mask=mask is not None and _mask2d(mask) is None,
-            types={name: given[name] for name in self._masks.types if given.get(name) is not None},
+            types=self._types(given),
         )
 
+    def _types(self, given: dict) -> dict[str, Tensor]:
+        """DiffusionGemma ignores kinds of tokens in forward, not in the masks that its generate() makes."""
+        if self.host.reader and _mask2d(given.get("attention_mask")) is not None:
+            return {}
+        return {name: given[name] for name in self._masks.types if given.get(name) is not None}
+
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        call = self._calls.pop(_thread(), None)
+        call = self._calls.pop(thread_key(), None)
         if call is not None and call.vision:
-            self._over.add(_thread())
+            self._over.add(thread_key())
+            if call.dropped and not call.reached:
+                raise RuntimeError(
+                    f"marked features did not reach {type(self.decoder).__name__}, because the decoder was "
+                    "replaced after compress(): call compress() with replace=True"
+                )
         for name in ("image_hidden_states", "video_hidden_states"):
             shown = getattr(output, name, None)
             if call is not None and call.plan is not None and isinstance(shown, Tensor):
@@ -144,24 +183,24 @@ class Shortening:
     # -- the decoder: the shorter sequence
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self._calls.get(_thread())
+        call = self._calls.get(thread_key())
         x = kwargs.get("inputs_embeds")
         if x is None:
             return None
         if call is None:
-            if bool(x[..., 0].isnan().any()):
+            if bool(_marked(x, kwargs).any()):
                 raise RuntimeError(
                     f"features that a compressed model marked reached {type(self.decoder).__name__} without "
                     f"passing {type(self.base).__name__}'s hooks: call the model, not its forward()"
                 )
             return None
-        call.plan = None  # of a call that an exception ended
+        call.plan, call.reached = None, True  # the plan may be of a call that an exception ended
         if call.vision and not call.seen:
             raise RuntimeError(
                 f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
                 "its get_image_features; pass pixel_values, or features encoded after compress()"
             )
-        dropped = x[..., 0].isnan() if call.dropped else None  # (B, L)
+        dropped = _marked(x, kwargs) if call.dropped else None  # (B, L)
         if dropped is None or not bool(dropped.any()):
             return args, self._continue(call, kwargs)
         return args, self._shorten(call, kwargs, dropped)
@@ -180,8 +219,8 @@ class Shortening:
             kwargs = {**kwargs, "position_ids": positions - state.shift.to(positions.device)[:, None]}
         tail = _mask2d(mask) if call.mask is None else call.mask
         types = self._masks.whole(call.types, state, x, physical_length(cache))
-        if state.mask is None and tail is None and types is None:
-            return kwargs  # a mask of any other form was built by transformers for the physical cache
+        if state.mask is None and tail is None and types is None and not call.foreign_mask:
+            return kwargs  # nothing is padding
         mask = physical_mask(cache, state, tail, x.shape[1])
         return self._masks.apply({**kwargs, "attention_mask": mask}, types)
 
@@ -195,8 +234,10 @@ class Shortening:
         tail = None if tail is None else tail.to(x.device)  # a model may be spread over devices
         valid = _valid(mask, tail, past, x)  # (B, L)
         keep = valid & ~dropped
+        call.marked = dropped
         plan = call.plan = Plan.of(keep, pad_left=bool(valid[:, -1].all()))
         shrunk = state.shrunk + shrink_static(cache, by=length - plan.k)
+        declare_shorter(cache, by=length - plan.k)
 
         positions = kwargs.get("position_ids")
         if positions is None:  # what the decoder would have counted itself
@@ -228,11 +269,24 @@ class Shortening:
             "position_ids": positions,
             "attention_mask": None if short_mask is None else short_mask.long(),
         }
+        if "logits_to_keep" in kwargs:  # in Gemma 4 its last layers leave out what they count as the others
+            short["logits_to_keep"] = 0
         return self._masks.apply(short, types)
+
+    def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
+        call, cache, x = self._calls.get(thread_key()), kwargs.get("past_key_values"), kwargs["hidden_states"]
+        if call is None or (call.plan is None and state_of(cache) is None):
+            return None
+        past = 0 if cache is None else int(cache.get_query_offset(module.layer_idx))
+        return args, {**kwargs, "position_ids": torch.arange(x.shape[1], device=x.device)[None] + past}
 
     def _refuse_masks(self, call: _Call, cache: Any) -> None:
         """transformers builds masks of four dimensions for caches it compiles; others are a caller's own."""
-        if call.foreign_mask and not getattr(cache, "is_compileable", False):
+        own = (
+            call.foreign_mask and not self.host.reader
+        )  # generate() of a family with a reader makes masks, too
+        if own and not getattr(cache, "is_compileable", False):
             raise ValueError(
                 "an attention mask of more than two dimensions cannot be shortened: give one of two "
                 "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
@@ -254,7 +308,7 @@ class Shortening:
                 )
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self._calls.get(_thread())
+        call = self._calls.get(thread_key())
         if call is None or call.plan is None:
             return None
         cache = kwargs.get("past_key_values")
@@ -263,15 +317,14 @@ class Shortening:
             attach(cache, call.state)
         hidden = output[0]  # (B, K, D)
         full = gather(hidden, call.plan.source)  # (B, L, D)
+        if self.host.reader and cache is None:  # it is an encoder's output, to be read without dropped tokens
+            full = full.masked_fill(call.marked[..., None], float("nan"))
         if isinstance(output, tuple):
             return (full, *output[1:])
         output.last_hidden_state = full
+        if (routed := getattr(output, "router_logits", None)) is not None:  # losses mask them by the prompt
+            output.router_logits = tuple(_routed(logits, call.plan.source) for logits in routed)
         return output
-
-
-def _thread() -> int:
-    """Two threads' forwards must not mix. In a compiled graph calls are kept apart by the graph itself."""
-    return 0 if torch.compiler.is_dynamo_compiling() else threading.get_ident()
 
 
 _subclasses: dict[tuple[type, bool], type] = {}
@@ -282,6 +335,31 @@ def _tagged(cls: type, dropped: bool) -> type:
     if (cls, dropped) not in _subclasses:
         _subclasses[cls, dropped] = type(cls.__name__, (cls,), {_TAG: dropped})
     return _subclasses[cls, dropped]
+
+
+def _marked(x: Tensor, kwargs: dict) -> Tensor:
+    """Which tokens of x (B, L, D) are dropped ones. Some families put their features not into the prompt but
+    into early layers only: (B, L)."""
+    marked = x[..., 0].isnan()
+    for _, _, image, layers in _visual(kwargs):
+        nan = layers[0][:, 0].isnan().to(image.device)  # (tokens of all images,)
+        marked = marked | image.masked_scatter(image, nan).to(x.device)
+    return marked
+
+
+def _visual(kwargs: dict) -> Iterator[tuple[str, str, Tensor, list[Tensor]]]:
+    """Features for early layers, where there are any: the names of the mask and of the features, which
+    tokens are an image's (B, L), and for each layer (tokens of all images, D)."""
+    for mask_name, name in _VISUAL.items():
+        mask, features = kwargs.get(mask_name), kwargs.get(name)
+        if mask is not None and features is not None:
+            layers = features.values() if isinstance(features, dict) else features
+            yield mask_name, name, mask if mask.dim() == 2 else mask[..., 0], list(layers)
+
+
+def _routed(logits: Tensor, source: Tensor) -> Tensor:
+    """What a router of experts made of the shortened rows, one behind the other: (B * K, E) to (B * L, E)."""
+    return gather(logits.unflatten(0, (len(source), -1)), source.to(logits.device)).flatten(0, 1)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -298,19 +376,15 @@ def _shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:
             value = kwargs[name].expand(len(keep), *kwargs[name].shape[1:])
             rows = torch.arange(len(keep), device=value.device)[:, None]
             short[name] = value[rows, plan.index.to(value.device)]
-    for mask_name, features_name in _VISUAL.items():
-        mask, features = kwargs.get(mask_name), kwargs.get(features_name)
-        if mask is None or features is None:
-            continue
-        flat = mask if mask.dim() == 2 else mask[..., 0]  # (B, L)
-        stay = keep.to(flat.device)[flat]  # (tokens of all images,)
-        chosen = _take(flat, plan.index.to(flat.device)) & plan.real.to(flat.device)  # (B, K)
+    for mask_name, name, image, layers in _visual(kwargs):
+        mask, features = kwargs[mask_name], kwargs[name]
+        stay = keep.to(image.device)[image]  # (tokens of all images,)
+        chosen = _take(image, plan.index.to(image.device)) & plan.real.to(image.device)  # (B, K)
         short[mask_name] = (
             chosen if mask.dim() == 2 else chosen[..., None].expand(*chosen.shape, mask.shape[-1])
         )
-        layers = features.values() if isinstance(features, dict) else features
         layers = [layer[stay.to(layer.device)] for layer in layers]
-        short[features_name] = dict(zip(features, layers)) if isinstance(features, dict) else layers
+        short[name] = dict(zip(features, layers)) if isinstance(features, dict) else layers
     return short
 
 

@@ -1,0 +1,64 @@
+"""Images of a handful of tokens, and of more than ten thousand."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vtc
+from vtc.capture import _COMPUTE
+from vtc.tokens import Tokens
+
+METHODS = [name for name in vtc.list_methods() if name != "downsample"]  # which has a smaller image to show
+
+
+def tokens(batch, grid, width=8):
+    n = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(n)
+    x, keys = (torch.randn(batch, n, width, generator=generator) for _ in range(2))
+    rows = torch.rand(batch, 24, n, generator=generator)
+    extras = {"keys": keys[:, None], "cls_attention": rows, "mean_attention": rows[:, :2]}
+    return Tokens(x, grid, lot=torch.arange(batch), extras=extras)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_images_of_a_few_tokens(method, grid):
+    few, n = tokens(2, grid), grid[0] * grid[1]
+    for k in range(1, n + 1):
+        reduction = vtc.get_method(method).reduce(few, k)
+        assert reduction.index.shape == (2, k) and (reduction.index.diff(dim=1) > 0).all()
+        assert torch.equal(reduction.source.gather(1, reduction.index), torch.arange(k).expand(2, k))
+        assert reduction.apply(few.x).isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_of_a_large_image(method):
+    many = tokens(1, (104, 104))
+    with Largest() as largest:
+        reduction = vtc.get_method(method).reduce(many, 200)
+    assert reduction.k == 200
+    assert largest.numbers < many.n**2 / 20
+
+
+@pytest.mark.parametrize("kind", ["mean_attention", "cls_attention", "keys"])
+def test_memory_of_what_is_captured(kind):
+    heads, n = 16, 10_816
+    query, key = torch.randn(2, 1, heads, n, 4)
+    with Largest() as largest:
+        found = _COMPUTE[kind](query, key, 0.5, None, 0)
+    assert found.shape[1] == n and largest.numbers < n**2 * heads / 20
+    if kind == "mean_attention":
+        assert found.sum().item() == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,39 @@
+"""Marks on their way through a projector that works on features only when they are put into the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..threads import thread_key
+
+
+class LateProjector:
+    """Holds NaN back from the projector: its outputs are marked again, and its weights get finite gradients,
+    which zero times NaN would not be."""
+
+    def __init__(self, projector: nn.Module):
+        self.projector = projector
+        self._dropped: dict[int, Tensor] = {}  # by thread: (N, 1)
+        self._hooks: list[Any] = []
+
+    def install(self) -> None:
+        self._hooks = [
+            self.projector.register_forward_pre_hook(self._hold),
+            self.projector.register_forward_hook(self._mark),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._dropped.clear()
+
+    def _hold(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0]  # (N, D)
+        dropped = self._dropped[thread_key()] = x[..., :1].isnan()
+        return (x.masked_fill(dropped, 0),)
+
+    def _mark(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output.masked_fill(self._dropped.pop(thread_key()), float("nan"))
