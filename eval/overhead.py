@@ -176,10 +176,10 @@ def measure(
     spent = spent[1:]  # of the warm-up
     bare, tower, oracle, compressed = (seconds[name] for name in functions)
     peaks = {
-        "tower_peak_bytes": peak_bytes(trio.tower(trio.bare)),
-        "compressed_tower_peak_bytes": peak_bytes(trio.tower(trio.compressed)),
-        "prefill_peak_bytes": peak_bytes(first_token(trio.bare, inputs)),
-        "compressed_prefill_peak_bytes": peak_bytes(run),
+        "tower_peak_bytes": peak_bytes(trio.tower(trio.bare), model.device),
+        "compressed_tower_peak_bytes": peak_bytes(trio.tower(trio.compressed), model.device),
+        "prefill_peak_bytes": peak_bytes(first_token(trio.bare, inputs), model.device),
+        "compressed_prefill_peak_bytes": peak_bytes(run, model.device),
     }
     return {
         "image_tokens": len(trio.kept),
@@ -208,13 +208,13 @@ def spread(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """How far a call's tensors go beyond what is allocated when it begins, as torch's allocators count."""
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         function()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -53,7 +53,7 @@ def pytest_sessionfinish(session, exitstatus):
     partial = session.config.families_deselected or any("::" in argument for argument in session.config.args)
     if not getattr(session, "support", None) or not session.support.outcomes:
         return
-    if partial or session.support_due or session.config.option.collectonly:
+    if partial or session.support_due or not session.support.complete or session.config.option.collectonly:
         return
     table = session.support.table()
     if session.config.option.families:

@@ -29,7 +29,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
-        self.decoder = open_host(model).decoder
+        vision = open_host(model)
+        self.decoder, self.joined = vision.decoder, vision.host.joined
 
     def __enter__(self) -> Watch:
         self.hooks = [self.decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -43,6 +44,8 @@ class Watch:
             hook.remove()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.joined and kwargs.get("input_ids") is not None:  # it is its own decoder
+            kwargs = self.joined.embed(module, kwargs)
         self.given = {**kwargs}  # full length, dropped tokens are rows of NaN
 
     def _behind(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -105,7 +108,8 @@ def _bare(decoder: nn.Module, **given: Any) -> Any:
 
 def cut_mask(mask: Any, row: int, stay: Tensor, config: Any) -> Any:
     """Masks that the base model made for the full prompt, for the tokens that stay."""
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+    recurrent = isinstance(mask, dict) and "linear_attention" in mask  # made anew from two dimensions
+    if mask is None or recurrent or (isinstance(mask, Tensor) and mask.dim() == 2):
         return torch.ones(1, int(stay.sum()), dtype=torch.long)
     if isinstance(mask, dict):
         window = config.sliding_window

@@ -66,3 +66,20 @@ def test_compiled_decoding_over_a_static_cache(host, fullgraph, positions):
         frames = torch._dynamo.utils.counters["stats"]
     assert torch.equal(found, expected)
     assert frames["unique_graphs"] >= 1  # it was compiled
+
+
+@pytest.mark.parametrize("first", ["compile", "vtc"])
+@torch.no_grad()
+def test_compiled_decoder_in_a_model_that_is_not(first):
+    """What the hooks on the base model found out is not in its graph."""
+    model, make_inputs = build("llava-clip")
+    inputs = make_inputs((2, 1), pads=1)
+    with vtc.compress(model, "vtc-cls", keep=0.4):
+        expected = model(**inputs).logits
+    compiled = torch.compile(model.model.language_model, backend="eager")
+    if first == "compile":
+        model.model.language_model = compiled
+    with vtc.compress(model, "vtc-cls", keep=0.4):
+        model.model.language_model = compiled
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    torch.compiler.reset()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from vtc.draw import INK, contact_sheet, draw
 from vtc.record import Record, Tile
@@ -79,8 +80,9 @@ def test_centre_crop_shows_what_the_model_saw():
     cropped = draw(image, everything, caption=False)
     assert cropped.size == (576, 576)
     assert (cells(cropped, (2, 2)) == RED).all()
-    stretching = SimpleNamespace(image_processor=SimpleNamespace(do_center_crop=False))
-    whole = draw(image, everything, processor=stretching, caption=False)
+    cropping = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    assert draw(image, everything, processor=cropping, caption=False) == cropped
+    whole = draw(image, everything, processor=SiglipImageProcessor(), caption=False)
     assert whole.size == (576, 288)
     assert np.asarray(whole)[10, 10].tolist() == list(GREEN)
 
@@ -152,3 +154,20 @@ def test_contact_sheet_lays_out_rows_and_fits_captions():
     assert long.width > plain.width and long.height > plain.height
     with pytest.raises(ValueError, match="5 pictures need as many captions"):
         contact_sheet(images, ["one"])
+
+
+def test_a_video_is_drawn_frame_by_frame():
+    frames = [Image.new("RGB", (96, 64), (40 * i, 90, 200 - 40 * i)) for i in range(4)]
+    tiles = [Tile(torch.arange(6) + 6 * i, (2, 3)) for i in range(2)]
+    source = torch.full((12,), -1)
+    source[:6] = torch.arange(6)  # all of the first frame, nothing of the second
+    record = Record(torch.arange(6), source, (2, 3), tiles)
+    sheet = np.asarray(draw([frames], record, caption=False, long_side=192))
+    assert sheet.shape[0] == 64 and sheet.shape[1] == 2 * 96 + 16
+    first, second = sheet[:, :96].astype(int), sheet[:, -96:].astype(int)
+    assert first[10, 10, 2] - first[10, 10, 0] > 100  # in colour
+    assert np.ptp(second[10, 10]) < 10  # faded
+    with pytest.raises(ValueError, match=r"2 frames, or tiles .* give a list"):
+        draw(frames[0], record)
+    with pytest.raises(ValueError, match="1 frames were given for a video of which the model saw 2"):
+        draw([frames[:1]], record)

@@ -167,7 +167,7 @@ def restore(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers of torch.compile, PEFT and distributed training, or a TypeError for no model."""
+    """The model inside wrappers of torch.compile, PEFT and distributed training. TypeError for no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
     inner = getattr(model, "_orig_mod", None)  # torch.compile

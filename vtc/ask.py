@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from .api import compress, current
+from .cost import recording
+from .evaluation.prompts import encode, place
 from .images import open_image
 from .record import Record
 
@@ -23,13 +25,14 @@ class Answer:
 
     tokens   image tokens that entered the language model
     seconds  time from the finished inputs to the last generated token
-    record   what became of the image's tokens; None without compression
+    records  what became of the image's tokens, of each tile that is an image to the model; empty without
+             compression
     """
 
     text: str
     tokens: int
     seconds: float
-    record: Record | None = None
+    records: list[Record] = field(default_factory=list)
 
 
 def load_model(
@@ -75,10 +78,9 @@ def ask(
     """
     if method is None and (keep is not None or options):
         raise ValueError("keep and options belong to a method: give its name, like method='vtc-cls'")
-    inputs = _inputs(model, processor, image, question)
-    compressed = compress(model, method, keep, **options) if method else nullcontext(current(model))
-    with compressed as handle:
-        return _answer(model, processor, inputs, handle, max_new_tokens)
+    inputs = place(encode(processor, [question], [open_image(image)]), model)
+    with compress(model, method, keep, **options) if method else nullcontext():
+        return _answer(model, processor, inputs, max_new_tokens)
 
 
 def compare_answers(
@@ -110,33 +112,16 @@ def compare_answers(
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, processor: Any, inputs: Any, handle: Any, max_new_tokens: int) -> Answer:
-    start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = output[0, inputs["input_ids"].shape[1] :].tolist()  # the host waits for the last token
-    seconds = time.perf_counter() - start
+def _answer(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
+    with recording(model) as handle:
+        start = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :].tolist()  # the host waits for the last token
+        seconds = time.perf_counter() - start
+        records = handle.last
     text = processor.decode(new, skip_special_tokens=True).strip()
-    if handle is None:
-        return Answer(text, int((inputs["input_ids"] == model.config.image_token_id).sum()), seconds)
-    (record,) = handle.last
-    return Answer(text, record.entering["decoder"], seconds, record)
-
-
-def _inputs(model: nn.Module, processor: Any, image: Any, question: str) -> Any:
-    picture = open_image(image)
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        prompt = f"{getattr(processor, 'image_token', '<image>')}\n{question}"
-        inputs = processor(images=[picture], text=[prompt], return_tensors="pt")
-    return inputs.to(model.device, model.dtype)
+    tokens = sum(record.entering["decoder"] for record in records)
+    return Answer(text, tokens, seconds, records if current(model) else [])
 
 
 def _check_answers_questions(source: str) -> None:

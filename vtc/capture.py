@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from .hosts import Encoder
 from .method import Need, get_method, list_methods
-from .threads import thread_key
+from .threads import own, thread_key
 
 _PREFIX = "vtc|"  # names in transformers' AttentionInterface; they stay there and do nothing by themselves
-_ELEMENTS = 1 << 24  # attention weights held at once when every query row is needed: 64 MiB
+_ELEMENTS = 1 << 19  # attention weights held at once, or as many as queries: they stay in a CPU's cache
 
 
 class Capture:
@@ -141,7 +141,7 @@ class _Recorder:
     layer: int
 
     def __call__(self, *tensors) -> None:
-        recording = self.capture._recordings.get(thread_key())
+        recording = own(self.capture._recordings)
         if recording is not None:
             recording.add(self.layer, *tensors)
 
@@ -171,7 +171,7 @@ def _eager(attention: type[nn.Module]) -> Callable | None:
 def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """Post-softmax attention of the given query rows, float32: (B, H, Q, N)."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped queries share keys
-    logits = (query @ key.transpose(2, 3)).float() * scaling
+    logits = (query @ key.transpose(2, 3)).float().mul_(scaling)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(dim=-1)
@@ -186,7 +186,7 @@ def _cls_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | No
 def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
     """The mean over the queries that may see a key: images in one row do not thin each other out."""
     batch, heads, rows, _ = query.shape
-    step = max(1, _ELEMENTS // (batch * heads * key.shape[2]))
+    step = max(1, max(_ELEMENTS, query.numel()) // (batch * heads * key.shape[2]))
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
     if mask is None:
         for chunk in query.split(step, dim=2):

@@ -56,10 +56,13 @@ def _methods(options: argparse.Namespace) -> None:
 
 def _hosts(options: argparse.Namespace) -> None:
     """list the families of models"""
-    from .hosts import HOSTS
+    from .hosts.support import COLUMNS, refused, rows
 
-    rows = [(host.name, " ".join(host.model_types)) for host in HOSTS]
-    _print_columns([("family", "model_type"), *rows])
+    _print_columns(rows())
+    print()
+    _print_columns(COLUMNS.items())
+    print("\nNot served:")
+    _print_columns(refused())
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -89,10 +92,11 @@ def _draw(options: argparse.Namespace) -> None:
     image = open_image(options.image)
     model, processor = _load(options.model)
     how = {"method": options.method, "keep": options.keep, **_settings(options)}
-    record = ask(model, processor, image, options.question, max_new_tokens=1, **how).record
-    caption = f"{_shown(options)}  ·  {len(record.index)} of {len(record.source)} tokens"
+    records = ask(model, processor, image, options.question, max_new_tokens=1, **how).records
+    kept, given = (sum(record.entering[part] for record in records) for part in ("decoder", "features"))
+    caption = f"{_shown(options)}  ·  {kept} of {given} tokens"
     output = options.output or f"{Path(options.image).stem}-{options.method}.png"
-    draw(image, record, processor=processor, caption=caption).save(output)
+    draw(image, records, processor=processor, caption=caption).save(output)
     print(output)
 
 

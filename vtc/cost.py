@@ -49,10 +49,10 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     model = unwrap(model)
     vision, handle = open_host(model), current(model)
     call = first_token(model, inputs)
-    with _recording(model, handle) as recording, _observed(model, vision) as lengths:
-        before = recording.last
+    with recording(model) as noted, _observed(model, vision) as lengths:
+        before = noted.last
         physical_length, kv_bytes = _held(call().past_key_values)
-        records = recording.last
+        records = noted.last
     if not records or any(record is old for record in records for old in before):  # of an earlier call
         raise ValueError("the inputs hold no image: profile() measures prompts with at least one")
     peak, peak_kind = _peak_memory(vision.decoder.device, call)
@@ -148,8 +148,9 @@ def first_token(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
 
 
 @contextmanager
-def _recording(model: nn.Module, handle: Handle | None) -> Iterator[Handle]:
+def recording(model: nn.Module) -> Iterator[Handle]:
     """A handle with records; for the bare model one that keeps every token, which changes nothing."""
+    handle = current(model)
     if handle is not None:
         yield handle
     else:

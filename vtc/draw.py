@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from .images import open_image
 from .record import Record, Tile
+from .views import WHOLE, Box, place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 LONG_SIDE = 576  # pixels of the drawn image's long side, about
 GAP = 16  # pixels between pictures
+FRAMES = 4  # of a video, in one row
 INK, PAPER = (36, 41, 47), (255, 255, 255)
 DROPPED = -1  # in maps of slots: the token there was dropped
 OUTSIDE = -2  # in maps of slots: no token looks at these pixels
@@ -33,25 +36,24 @@ def draw(
 ) -> Image:
     """Draws the tokens of the last forward on the image, or on each of several images in a row.
 
-    images     what the processor was given: one PIL image or path for each image of the forward
+    images     what the processor was given: one PIL image or path for each image of the forward, and for
+               each video, after the images, a list of its frames
     handle     what `compress()` returned, or a `Record` or a list of them
-    processor  tells whether the model saw a centre crop; without one, an image of one tile is taken to be
-               cropped to the shape of its grid
+    processor  tells which part of an image the model saw, and which tiles are one image's where the model
+               does not know it; without one, an image of one tile is taken to be cropped to the shape of its
+               grid, as CLIP's processor does
     caption    False for none, a text of your own, or True for method, budget and counts
     long_side  size in pixels, rounded so that every token covers the same whole number of pixels
-    Raises ValueError where the model has not run or the numbers of images differ.
+    Raises ValueError where the model has not run, the numbers of images differ, or a video has no frames.
     """
     images = images if isinstance(images, (list, tuple)) else [images]
+    images = [_opened(image) for image in images]
     records = [handle] if isinstance(handle, Record) else getattr(handle, "last", handle)
     if not records:
         raise ValueError("there is nothing to draw yet: run the compressed model on the image once first")
-    if len(images) != len(records):
-        raise ValueError(
-            f"{len(images)} image(s) were given and the last forward had {len(records)}: "
-            "give each image of it, in order"
-        )
+    records = place(images, records, processor)
     pairs = zip(images, records, strict=True)
-    pictures = [_picture(open_image(image), record, processor, long_side) for image, record in pairs]
+    pictures = [_picture(image, record, processor is None, long_side) for image, record in pairs]
     if caption is False:
         return _side_by_side(pictures)
     captions = [caption if isinstance(caption, str) else _caption(handle, record) for record in records]
@@ -91,31 +93,64 @@ def _caption(handle: Any, record: Record) -> str:
     return "  ·  ".join([" + ".join(steps), counts] if steps else [counts])
 
 
-def _picture(image: Image, record: Record, processor: Any, long_side: int) -> Image:
-    """One image; a tiled one with its thumbnail to the right of its tiles."""
+def _opened(image: Any) -> Image | list[Image]:
+    return [open_image(frame) for frame in image] if isinstance(image, (list, tuple)) else open_image(image)
+
+
+def _picture(image: Image | list[Image], record: Record, cropped: bool, long_side: int) -> Image:
+    """One image; a tiled one with its thumbnail to the right of its tiles; a video frame by frame."""
+    if isinstance(image, list):
+        return _film(image, record, long_side)
+    if _is_film(record):
+        raise ValueError(
+            f"{len(record.tiles)} frames, or tiles whose places are not known, cannot be drawn on one "
+            "picture: give a list with a picture of each"
+        )
     tiles = record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
     thumbnails = [tile for tile in tiles if tile.thumbnail]
     crops = [tile for tile in tiles if not tile.thumbnail]
     if not crops:
         thumbnails, crops = [], thumbnails
-    if len(tiles) == 1 and _is_cropped(processor):
-        image = _centre_crop(image, crops[0].grid)
+    if len(tiles) == 1:
+        box = tiles[0].box
+        box = _centre(image, tiles[0].grid) if cropped and box == WHOLE else box
+        image, crops = _cut(image, box), [replace(tiles[0], box=WHOLE)]
     panels = [_panel(image, crops, record, long_side)]
     panels += [_panel(image, [tile], record, long_side // 2) for tile in thumbnails]
     return _side_by_side(panels)
 
 
-def _is_cropped(processor: Any) -> bool:
-    image_processor = getattr(processor, "image_processor", processor)
-    return image_processor is None or bool(getattr(image_processor, "do_center_crop", False))
+def _is_film(record: Record) -> bool:
+    """Frames all show the whole picture; of an image one thumbnail does at most."""
+    return len(record.tiles) > 1 and all(
+        tile.box == (0, 0, 1, 1) and not tile.thumbnail for tile in record.tiles
+    )
 
 
-def _centre_crop(image: Image, grid: tuple[int, int]) -> Image:
+def _film(frames: list[Image], record: Record, long_side: int) -> Image:
+    """What was kept of each frame that the model saw; of several frames in one row of tokens the first."""
+    tiles = record.tiles
+    if not frames or len(frames) < len(tiles):
+        raise ValueError(f"{len(frames)} frames were given for a video of which the model saw {len(tiles)}")
+    chosen = [frames[i * len(frames) // len(tiles)] for i in range(len(tiles))]
+    panels = [_panel(frame, [tile], record, long_side // 2) for frame, tile in zip(chosen, tiles)]
+    rows = [_side_by_side(panels[i : i + FRAMES]) for i in range(0, len(panels), FRAMES)]
+    return _below_each_other(rows)
+
+
+def _centre(image: Image, grid: tuple[int, int]) -> Box:
+    """The largest box in the middle of an image that has the shape of the grid."""
     rows, cols = grid
     scale = min(image.width / cols, image.height / rows)
-    width, height = max(1, round(cols * scale)), max(1, round(rows * scale))
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    x, y = cols * scale / image.width / 2, rows * scale / image.height / 2
+    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
+
+
+def _cut(image: Image, box: Box) -> Image:
+    """What of the image lies in the box, black where the box is larger."""
+    left, right = (round(side * image.width) for side in box[::2])
+    top, bottom = (round(side * image.height) for side in box[1::2])
+    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def _panel(image: Image, tiles: list[Tile], record: Record, long_side: int) -> Image:
@@ -202,3 +237,15 @@ def _side_by_side(panels: list[Image]) -> Image:
         row.paste(panel, (left, 0))
         left += panel.width + GAP
     return row
+
+
+def _below_each_other(rows: list[Image]) -> Image:
+    from PIL import Image
+
+    height = sum(row.height for row in rows) + GAP * (len(rows) - 1)
+    sheet = Image.new("RGB", (max(row.width for row in rows), height), PAPER)
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + GAP
+    return sheet

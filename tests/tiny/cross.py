@@ -13,7 +13,7 @@ SUPPORTED = [[1, 1], [1, 2], [2, 1]]
 TILES = 2
 
 
-@host("mllama")
+@host("mllama", memory=True)
 def mllama():
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 

@@ -1,5 +1,5 @@
-"""Gemmas that the contract of prompts and answers does not fit: T5Gemma 2 and DiffusionGemma read the prompt in
-an encoder, ShieldGemma 2 says yes or no. They have tests of their own, so they are not in HOSTS."""
+"""Gemmas with tests of their own, since the contract of prompts and answers does not fit: T5Gemma 2 and
+DiffusionGemma read the prompt in an encoder, ShieldGemma 2 says yes or no. They are not in HOSTS."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def llava_next_video():
 
 @host("llava_onevision", video=True)
 def llava_onevision():
-    """More than two tiles are made smaller again by interpolation, and so are frames: 3 x 3 patches to 2 x 2."""
+    """More than two tiles are made smaller again by interpolation, and so are frames: 3 x 3 to 2 x 2."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     side = 24

@@ -184,7 +184,7 @@ def hyperclovax_vision_v2():
 
 
 @host("nemotron_h_omni", lacks=("half",))  # it casts pixels to what its config says
-def nemotron_h_omni():  # its videos have the image's token, so that a prompt holds one or the other
+def nemotron_h_omni():  # its videos fail: forward() expects a list where get_video_features gives a tensor
     from transformers import NemotronH_Omni_Reasoning_V3, NemotronH_Omni_Reasoning_V3_Config
 
     vision = {
@@ -223,19 +223,18 @@ def nemotron_h_omni():  # its videos have the image's token, so that a prompt ho
         video_token_id=VIDEO,
         audio_token_id=97,
     )
-    return randomise(NemotronH_Omni_Reasoning_V3(config)), flat(packed(3 * 8 * 8))
+    return randomise(NemotronH_Omni_Reasoning_V3(config)), omni_inputs()
 
 
-def flat(make_inputs: MakeInputs) -> MakeInputs:
+def omni_inputs() -> MakeInputs:
     """Pictures have rows and columns here, no frames."""
 
-    def without_frames(*args, **kwargs) -> Inputs:
-        inputs = make_inputs(*args, **kwargs)
-        if "image_grid_thw" in inputs:
-            inputs["image_grid_hw"] = inputs.pop("image_grid_thw")[:, 1:]
-        return inputs
+    def draw(numbers: Grouped, seed: int) -> Inputs:
+        chosen = [(i, GRIDS[i % len(GRIDS)][1:]) for row in numbers for i in row]
+        patches = [noise((prod(shape), 3 * 8 * 8), seed, i) for i, shape in chosen]
+        return {"pixel_values": torch.cat(patches), "image_grid_hw": torch.tensor([g for _, g in chosen])}
 
-    return without_frames
+    return maker(draw, lambda i: prod(GRIDS[i % len(GRIDS)]) // 4)
 
 
 HYBRID = {  # of both Inkling generations
@@ -271,7 +270,7 @@ def squares_of_tokens(pixels: int, grid: bool, channels: int = 3, frames: int = 
     return maker(draw, lambda i: prod(grids[i % len(grids)]))
 
 
-@host("inkling", works=False)
+@host("inkling", lacks=("static",), refuses=("chunked",))
 def inkling():
     from transformers import InklingConfig, InklingForConditionalGeneration
 

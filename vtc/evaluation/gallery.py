@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..api import compress
+from ..cost import recording
 from ..draw import draw
+from ..views import place as place_records
 from .prompts import Batches, encode, place
 from .runner import label
 from .tasks import Item, Task
@@ -57,15 +59,21 @@ def gallery(
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
-    full = [int(n) for n in (inputs["input_ids"] == processor.image_token_id).sum(dim=1)]
+    with recording(model) as handle:
+        given = answers()
+        full = place_records(images, handle.last, processor)
     exhibits = [
-        Exhibit(item, Picture(data_url(_fitted(image)), tokens, answer, item.matches(answer)))
-        for item, image, tokens, answer in zip(items, images, full, answers(), strict=True)
+        Exhibit(
+            item,
+            Picture(data_url(_fitted(image)), record.entering["decoder"], answer, item.matches(answer)),
+        )
+        for item, image, record, answer in zip(items, images, full, given, strict=True)
     ]
     for method, options, keep in runs:
         with compress(model, method, keep=keep, **options) as handle:
             given = answers()
-            for exhibit, image, record, answer in zip(exhibits, images, handle.last, given, strict=True):
+            records = place_records(images, handle.last, processor)
+            for exhibit, image, record, answer in zip(exhibits, images, records, given, strict=True):
                 url = data_url(draw(image, record, processor=processor, caption=False, long_side=SIDE))
                 right = exhibit.item.matches(answer)
                 kept = Picture(url, record.entering["decoder"], answer, right)

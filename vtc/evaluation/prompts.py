@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,16 +80,27 @@ class Batches:
 
 def encode(processor, questions: list[str], images: list[Image] | None) -> dict[str, Tensor]:
     """One prompt per question, by the processor's chat template if it has one; without images where None."""
+    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    # A list for each prompt: several processors take a flat list for the images of one.
+    each = [[] if images is None else [images[i]] for i in range(len(questions))]
     if getattr(processor, "chat_template", None):
-        image = [] if images is None else [{"type": "image"}]
-        contents = [[*image, {"type": "text", "text": question}] for question in questions]
-        chats = [[{"role": "user", "content": content}] for content in contents]
-        prompts = processor.apply_chat_template(chats, add_generation_prompt=True)
+        chats = [
+            [{"role": "user", "content": [*map(_image, own), {"type": "text", "text": question}]}]
+            for own, question in zip(each, questions, strict=True)
+        ]
+        # The template itself, because the processor looks at what it begins with: the text begins once only.
+        inputs = processor.apply_chat_template(
+            chats, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=how
+        )
     else:
-        image = "" if images is None else f"{processor.image_token}\n"
-        prompts = [image + question for question in questions]
-    given = {} if images is None else {"images": images}
-    return dict(processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **given))
+        image = "" if images is None else f"{getattr(processor, 'image_token', '<image>')}\n"
+        given = {} if images is None else {"images": each}
+        inputs = processor(text=[image + question for question in questions], **how, **given)
+    return {name: value for name, value in inputs.items() if name != "labels"}  # PaliGemma's, for training
+
+
+def _image(image: Image) -> dict[str, Any]:
+    return {"type": "image", "image": image}
 
 
 def place(inputs: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from ..hosts import HOSTS
+from ..hosts import support
 from ..method import doc, get_method, list_methods
 from . import tables
 from .board import Board, boards
@@ -91,10 +91,12 @@ def methods_table() -> str:
 
 
 def hosts_table() -> str:
-    """All families of models that `compress()` knows."""
-    rows = [["family", "`model_type`"]]
-    rows += [[h.name, ", ".join(f"`{t}`" for t in h.model_types)] for h in HOSTS]
-    return tables.markdown(rows, "ll")
+    """All families of models that `compress()` knows, and those that it refuses."""
+    heading, *families = support.rows()
+    meaning = "; ".join(f"*{column}*: {what}" for column, what in support.COLUMNS.items())
+    why = [["not served", "why"], *([f"`{model_type}`", reason] for model_type, reason in support.refused())]
+    table = tables.markdown([heading, *families], "l" * len(heading))
+    return f"{table}\n\n{meaning}.\n\n{tables.markdown(why, 'll')}"
 
 
 def source(board: Board, html: bool = False) -> str:

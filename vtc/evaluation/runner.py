@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import Handle, compress
-from ..cost import profile, versions
+from ..api import compress
+from ..cost import profile, recording, versions
 from .prompts import Batch, Batches, encode, place
 
 FULL, BLIND = "full", "blind"  # in the place of a method's name: all tokens; the question without its image
@@ -76,30 +76,28 @@ def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) 
         attached = compress(model, setting.method, keep=setting.keep, **setting.options)
     blind = setting.method == BLIND
     first = batches.first()
-    with attached as handle:
-        tally = _ask(model, batches, handle, blind)
+    with attached:
+        tally = _ask(model, batches, blind)
         cost = None if blind else profile(model, place(first.inputs, model), repeats)
     seconds = round(time.perf_counter() - start, 3)
     made = {"seconds": seconds, "date": date, "threads": torch.get_num_threads(), "versions": versions()}
     return {**tally.row(), "cost": cost, **made}
 
 
-def _ask(model: nn.Module, batches: Batches, handle: Handle | None, blind: bool) -> Tally:
+def _ask(model: nn.Module, batches: Batches, blind: bool) -> Tally:
     tally, length = Tally(), batches.answer_length()
-    for batch in batches:
-        tally.errors += batch.errors
-        if batch.items:
-            inputs = _inputs(model, batches.processor, batch, blind)
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=length)
-            new = output[:, inputs["input_ids"].shape[1] :]  # (items, length)
-            answers = batches.processor.batch_decode(new, skip_special_tokens=True)
-            for item, answer in zip(batch.items, answers, strict=True):
-                tally.asked[item.kind] += 1
-                tally.right[item.kind] += item.matches(answer)
-            if handle is not None:
-                tally.tokens += sum(record.entering["decoder"] for record in handle.last)
-            else:
-                tally.tokens += int((inputs["input_ids"] == batches.processor.image_token_id).sum())
+    with nullcontext() if blind else recording(model) as handle:
+        for batch in batches:
+            tally.errors += batch.errors
+            if batch.items:
+                inputs = _inputs(model, batches.processor, batch, blind)
+                output = model.generate(**inputs, do_sample=False, max_new_tokens=length)
+                new = output[:, inputs["input_ids"].shape[1] :]  # (items, length)
+                answers = batches.processor.batch_decode(new, skip_special_tokens=True)
+                for item, answer in zip(batch.items, answers, strict=True):
+                    tally.asked[item.kind] += 1
+                    tally.right[item.kind] += item.matches(answer)
+                tally.tokens += sum(record.entering["decoder"] for record in handle.last) if handle else 0
     return tally
 
 

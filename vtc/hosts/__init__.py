@@ -76,7 +76,8 @@ def features_owner(model: nn.Module) -> nn.Module:
 
 
 def _layers_owner(decoder: nn.Module) -> nn.Module:
-    """The stack of layers, also where a family holds it together with its language head."""
+    """The stack of layers, also where a family holds it together with its language head, or it is compiled."""
+    decoder = getattr(decoder, "_orig_mod", decoder)
     while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
         decoder = decoder.model
     return decoder

@@ -50,7 +50,7 @@ FAMILIES = (
         projector="aligner",
     ),
     Host("janus", ("janus",), raster_layout, tower="vision_model", projector="aligner"),
-    Host("perception_lm", ("perception_lm",), tiles_layout),
+    Host("perception_lm", ("perception_lm",), tiles_layout, tiled=True),
     Host("fast_vlm", ("fast_vlm",), map_layout),
     Host(
         "cohere_compass",

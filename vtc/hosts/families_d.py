@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from .codes import codes_layout
 from .host import Host
+from .joined import (
+    Joined,
+    embed_codes,
+    embed_phi4,
+    embed_rows,
+    encode_phi4,
+    encode_rows,
+    phi4_layout,
+    rows_layout,
+    runs_layout,
+)
 from .latents import latents_layout
 from .memory import memory_layout
 from .packed import packed_layout, packed_raster_layout, packed_tokens_layout
-from .raster import raster_layout
+from .raster import map_layout
 from .views import views_layout, views_map_layout, views_queries_layout
 
 _MUSE = {"projector": "perception_emb_norm"}
@@ -29,7 +40,6 @@ FAMILIES = (
         "nemotron_h_omni",
         ("nemotron_h_omni",),
         packed_raster_layout,
-        raster_layout,
         tower="vision_model",
     ),
     Host("step3p7", ("step3p7",), views_layout, tower="vision_model", tiled=True),
@@ -50,6 +60,38 @@ FAMILIES = (
     ),
     Host("aria", ("aria",), latents_layout, latent=True),
     Host("mllama", ("mllama",), memory_layout, tower="vision_model", tiled=True, memory=True),
+    Host(
+        "phi4_multimodal",
+        ("phi4_multimodal",),
+        phi4_layout,
+        tower="embed_tokens_extend.image_embed.img_processor",
+        projector="embed_tokens_extend.image_embed.img_projection_down",
+        tiled=True,
+        joined=Joined(embed_phi4, encode_phi4),
+    ),
+    Host(
+        "chameleon",
+        ("chameleon",),
+        map_layout,
+        tower="vqmodel",
+        projector="",
+        joined=Joined(embed_codes),
+    ),
+    Host(
+        "fuyu",
+        ("fuyu",),
+        rows_layout,
+        tower="vision_embed_tokens",
+        projector="",
+        joined=Joined(embed_rows, encode_rows),
+    ),
+    Host(
+        "inkling",
+        ("inkling_mm_model",),
+        runs_layout,
+        projector="",
+        joined=Joined(embed_rows, encode_rows),
+    ),
     Host("emu3", ("emu3",), codes_layout, tower="vqmodel", projector=""),
 )
 
@@ -57,17 +99,13 @@ _OWN_GENERATE = (
     "its generate() puts the picture's few latents into the prompt itself, behind which no hook of the model "
     "runs; use a model whose tokens are patches"
 )
-_NO_PICTURES = (
-    "its processor hands over the patches of all pictures in one row without saying where one ends, so that "
-    "no picture can be given a budget; use a model whose pictures come one by one"
-)
 _NO_PROMPT = (
     "its pictures are not in the prompt: its decoder looks at them through cross-attention; use a model "
     "whose image tokens are"
 )
-_OWN_DECODER = (
-    "its base model embeds pictures and runs the layers in one go, so that nothing can be taken out in "
-    "between; use a model with a language model of its own"
+_NO_PLACES = (
+    "its image tokens have no places in the prompt, and its masks count on a fixed number of them; use a "
+    "model whose prompt holds its image tokens"
 )
 _MASKED_PLACES = (
     "its decoder itself writes a picture's latents to places given by a mask; use a model whose tokens are "
@@ -77,18 +115,15 @@ _MASKED_PLACES = (
 REFUSED = {
     "blip": _NO_PROMPT,
     "blip-2": _OWN_GENERATE,
-    "chameleon": _OWN_DECODER,
     "evolla": "it looks at proteins, not at pictures; leave it as it is",
     "florence2": _NO_PROMPT,
-    "fuyu": _NO_PICTURES,
-    "git": _OWN_DECODER,
+    "git": _NO_PLACES,
     "idefics": _NO_PROMPT,
-    "inkling_mm_model": _NO_PICTURES,
     "instructblip": _OWN_GENERATE,
     "instructblipvideo": _OWN_GENERATE,
     "kosmos-2": _MASKED_PLACES,
     "kosmos-2.5": _MASKED_PLACES,
-    "phi4_multimodal": _OWN_DECODER,
+    "mistral4": "it is a language model alone, without an encoder of pictures; leave it as it is",
     "pi0": "it is a robot's policy that writes no text; leave it as it is",
     "pix2struct": _NO_PROMPT,
     "pp_formulanet": _NO_PROMPT,

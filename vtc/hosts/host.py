@@ -13,6 +13,7 @@ from ..record import Tile
 
 if TYPE_CHECKING:
     from . import Vision
+    from .joined import Joined
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Layout:
     tiles    its rectangles of patch tokens: the whole image, its tiles, or the frames of a video
     patches  for each tile (n, m): the encoder tokens behind each of its n tokens, counted over all encoder
              rows of the call one after the other, CLS and registers not counted; m > 1 where the projector
-             merges. None where the tokens are queries of a resampler and no patch is behind any of them
+             merges. None where no patches are behind them: queries of a resampler, a convolutional map
     pixels   what the encoder was given for this image: tells pictures apart, nothing else is read from it
     length   all its tokens, where there are others beside patch tokens: CLS, newlines, separators
     """
@@ -67,6 +68,7 @@ class Host:
     slots       sparse decoder layers take positions for places in the cache
     base        path from the model's base to the module that makes the features, where it is another one
     reader      path from the model's base to a decoder of its own that reads what became of the prompt
+    joined      what the base model does in front of its layers, where that must be a step of its own
     memory      images are not in the prompt: layers of cross-attention look at them
     resizable   the tower takes smaller pictures, and the projector works token by token
     """
@@ -88,5 +90,6 @@ class Host:
     reader: str = ""
     slots: bool = False
     blocks_everywhere: bool = False
+    joined: Joined | None = None
     memory: bool = False
     resizable: bool = False

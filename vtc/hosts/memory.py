@@ -1,4 +1,4 @@
-"""Mllama: a picture is up to so many tiles, each a CLS token and its patches; all tiles are one encoder row."""
+"""Mllama: a picture is up to so many tiles, a CLS token and patches each; its tiles are one encoder row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def count_tiles(arguments: dict[str, Any]) -> Tensor:
-    """How many tiles each picture of each prompt has, 0 where it only pads the prompt: (prompts, pictures)."""
+    """Tiles of each picture of each prompt, 0 where one only pads the prompt: (prompts, pictures)."""
     tiles = arguments["aspect_ratio_mask"].sum(dim=-1)
     return tiles * (arguments["aspect_ratio_ids"] > 0)
 

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def raster_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
-    """One image per item; how many patches a token merges is read off their numbers.
-
-    Where `image_sizes` are given, images of these sizes stand one behind the other in one encoder row.
-    Raises ValueError where the features are not the tower's patches, one by one or in squares.
+    """One image per item, or all of one size in one item; how many patches a token merges is read off their
+    numbers. Where `image_sizes` are given, images of these sizes stand one behind the other in one encoder
+    row. Raises ValueError where the features are not the tower's patches, one by one or in squares.
     """
     pixels, sizes = _pixels(arguments), arguments.get("image_sizes")
     sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    if len(items) != len(pixels):
+        items = [part for item in items for part in item.chunk(len(pixels) // len(items))]
     layouts, start = [], 0
     for number, item in enumerate(items):
         own = pixels[number] if sizes is None else pixels[number, :, : sizes[number][0], : sizes[number][1]]

@@ -45,7 +45,7 @@ class Encoder:
 
 
 def find_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The blocks with an attention module in the list that has most of them; others in it are convolutions."""
+    """The blocks with attention of the list that has most of them; the others in it are convolutions."""
     lists = [
         [block for block in module if _attention(block) is not None]
         for module in tower.modules()

@@ -78,8 +78,8 @@ class BlockMasks:
 
 
 def _blocks_everywhere(base: nn.Module) -> Callable[..., Any]:
-    """What such a base model builds in forward. Its family's `create_masks_for_generate`, which generate() calls
-    for static caches only, lets the tokens of an image see each other in sliding layers alone."""
+    """What such a base model builds in forward. Its family's `create_masks_for_generate`, which generate()
+    calls for static caches only, lets the tokens of an image see each other in sliding layers alone."""
     family = sys.modules[type(base).__module__]
 
     def build(config: Any, mm_token_type_ids: Tensor, **given: Any) -> Any:

@@ -18,6 +18,7 @@ from ..allocate import ALLOCATIONS
 from ..capture import Capture, Recording
 from ..hosts import Vision
 from ..hosts.host import Layout, LayoutFunction
+from ..hosts.joined import ENCODE
 from ..method import Method
 from ..record import Record, Tile
 from ..threads import thread_key
@@ -69,7 +70,8 @@ class FeaturesStage:
         base = self.vision.base
         setattr(base, _STAGE, self)
         for name, source in self.sources.items():
-            source.original = getattr(base, name).__func__
+            encode = self.vision.host.joined and self.vision.host.joined.encode
+            source.original = encode or getattr(base, name).__func__
             source.was_wrapped = name in vars(base)
             source.marking = _marking(name, source.original)
             setattr(base, name, MethodType(source.marking, base))
@@ -132,8 +134,8 @@ class FeaturesStage:
         """Raises RuntimeError for what was done to the model since install() and leaves hooks behind."""
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(
-                "a compressed model cannot be exported or traced, because its data decide how many tokens each "
-                "prompt keeps: remove() the compression before, or use torch.compile"
+                "a compressed model cannot be exported or traced, because its data decide how many tokens "
+                "each prompt keeps: remove() the compression before, or use torch.compile"
             )
         hooked = self.vision.projector if self.late or self.resolution else None
         if hooked is not None and base.get_submodule(self.vision.host.projector) is not hooked:
@@ -259,7 +261,9 @@ def _sources(vision: Vision, method: Method) -> dict[str, _Source]:
     sources = {}
     if vision.host.layout:
         capture = Capture(vision.encoder, method.needs, method.name)
-        sources["get_image_features"] = _Source(vision.host.layout, capture)
+        joined = vision.host.joined
+        name = ENCODE if joined and joined.encode else "get_image_features"
+        sources[name] = _Source(vision.host.layout, capture)
     if vision.host.video:
         same = sources and vision.video_encoder is vision.encoder
         capture = capture if same else Capture(vision.video_encoder, method.needs, method.name)

@@ -75,16 +75,20 @@ class MemoryStage(FeaturesStage):
         states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")
         plan = getattr(cache, _KEPT, None)
         if states is not None:
-            if plan is not None:
-                raise ValueError("a picture cannot be added to a chat whose pictures were compressed")
+            if plan is not None and int(cache.get_seq_length()):  # else it was reset
+                raise ValueError(
+                    "pictures of this chat are in its cache, compressed; others cannot be added: leave out "
+                    "pixel_values, or start again without the cache"
+                )
             if call is None:
                 raise RuntimeError(
                     "nothing was compressed: cross_attention_states were given ready-made; pass pixel_values"
                 )
             states, plan = self._reduce_memory(call, states)
-            if plan is not None and cache is not None:
+            if cache is not None:
                 setattr(cache, _KEPT, plan)
-                self._shrink(cache, plan.k)
+                if plan is not None:
+                    self._shrink(cache, plan.k)
         if plan is None:
             return None
         like = next(kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
@@ -108,9 +112,9 @@ class MemoryStage(FeaturesStage):
         if all(new is old for new, old in zip(reduced, features)):
             return states, None
         memory, left = torch.full_like(pictures, float("nan")), iter(reduced)
-        for own, length in zip(memory, lengths):
+        for picture, length in enumerate(lengths):
             if length:
-                own[:length] = next(left)
+                memory[picture, :length] = next(left)
         memory = memory.view(len(counts), -1, states.shape[-1])  # (prompts, pictures * tiles * tokens, D)
         plan = Plan.of(~memory[..., 0].isnan(), pad_left=False)
         return gather(memory, plan.index).masked_fill(~plan.real[..., None], 0), plan

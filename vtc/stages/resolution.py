@@ -74,7 +74,7 @@ class LowResolution:
         return args[1:] if args else args, kwargs
 
     def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        # Without sizes no picture is under way: of a projector copied alone, its copied hook has nothing to do.
+        # Without sizes no picture is under way: a projector copied alone has a copy of this hook.
         grid, low = self._sizes.get(thread_key(), (None, None))
         if low == grid:
             return output

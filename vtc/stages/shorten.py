@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Vision
-from ..threads import thread_key
+from ..threads import own, thread_key
 from ..tokens import gather
 from .blocks import BlockMasks
 from .cache import (
@@ -139,7 +139,7 @@ class Shortening:
 
     # -- the base model: what came in, before embeddings and features are mixed
 
-    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies whose image features the first of them would make: train "
@@ -158,6 +158,11 @@ class Shortening:
             foreign_mask=mask is not None and _mask2d(mask) is None,
             types=self._types(given),
         )
+        if self.host.joined is None or given.get("input_ids") is None:
+            return None
+        given, call = self.host.joined.embed(module, given), self._calls[thread_key()]
+        call.vision = call.seen
+        return (), given
 
     def _types(self, given: dict) -> dict[str, Tensor]:
         """DiffusionGemma ignores kinds of tokens in forward, not in the masks that its generate() makes."""
@@ -183,7 +188,7 @@ class Shortening:
     # -- the decoder: the shorter sequence
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self._calls.get(thread_key())
+        call = own(self._calls)
         x = kwargs.get("inputs_embeds")
         if x is None:
             return None
@@ -275,7 +280,7 @@ class Shortening:
 
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
-        call, cache, x = self._calls.get(thread_key()), kwargs.get("past_key_values"), kwargs["hidden_states"]
+        call, cache, x = own(self._calls), kwargs.get("past_key_values"), kwargs["hidden_states"]
         if call is None or (call.plan is None and state_of(cache) is None):
             return None
         past = 0 if cache is None else int(cache.get_query_offset(module.layer_idx))
@@ -308,7 +313,7 @@ class Shortening:
                 )
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self._calls.get(thread_key())
+        call = own(self._calls)
         if call is None or call.plan is None:
             return None
         cache = kwargs.get("past_key_values")

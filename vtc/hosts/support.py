@@ -1,0 +1,47 @@
+"""What each family of models was shown to do by its tests: `make families` writes support.json."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from .table import REFUSED
+
+# column of the table -> what its tests show
+COLUMNS = {
+    "batches": "each row of a padded batch, left or right, equals its prompt shortened by hand",
+    "several images": "prompts of five images and of none in one batch",
+    "tiles": "images cut into tiles",
+    "video": "videos, frame by frame, with any sharing of the budget over frames",
+    "generate": "dynamic, static and chunked caches and beams give what no cache gives",
+    "chats": "a second turn over the cache equals one prompt of both turns",
+    "attention": "sdpa and eager agree, also in what methods read",
+    "half precision": "bfloat16",
+    "training": "gradients reach the vision tower and are finite",
+}
+_NAMES = {"chunked": "chunked prefill", "static": "static cache", "chats": "chats", "rows": "equal rows"}
+
+
+def families() -> dict[str, dict[str, Any]]:
+    """By family: a bool for each column, `model_types`, what methods may read, and what the bare model of
+    transformers lacks."""
+    return json.loads(files(__package__).joinpath("support.json").read_text())["families"]
+
+
+def rows() -> list[list[str]]:
+    """The table of families, its heading first."""
+    table = [["family", "methods may read", "positions", *COLUMNS, "bare model lacks"]]
+    for family, shown in families().items():
+        types = [f"({', '.join(shown['model_types'])})"] if shown["model_types"] != [family] else []
+        marks = ["yes" if shown.get(column) else "-" for column in COLUMNS]
+        reads = ", ".join(["features", *shown["reads"]])
+        positions = "keep, repack" if shown["repack"] else "keep"
+        lacks = ", ".join(_NAMES.get(lack, lack) for lack in shown["lacks"])
+        table.append([" ".join([family, *types]), reads, positions, *marks, lacks])
+    return table
+
+
+def refused() -> list[tuple[str, str]]:
+    """Families that cannot be served, and why."""
+    return sorted(REFUSED.items())
