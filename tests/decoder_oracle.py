@@ -29,8 +29,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
-        vision = open_host(model)
-        self.decoder, self.joined = vision.decoder, vision.host.joined
+        self.decoder = open_host(model).decoder
 
     def __enter__(self) -> Watch:
         self.hooks = [self.decoder.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -44,8 +43,6 @@ class Watch:
             hook.remove()
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.joined and kwargs.get("input_ids") is not None:  # it is its own decoder
-            kwargs = self.joined.embed(module, kwargs)
         self.given = {**kwargs}  # full length, dropped tokens are rows of NaN
 
     def _behind(self, module: nn.Module, args: tuple, output: Any) -> None:

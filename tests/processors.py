@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from small import REFERENCE
+from tiny.gemma import GEMMA3
 from tiny.packed import DECODER, DEEPSTACK, PAIRED, QWEN3_DECODER
 from tiny.parts import LLAMA, SIGLIP, randomise
 
@@ -20,6 +21,9 @@ CHAT = (
 SIDES = {"height": 64, "width": 64}
 PLAIN = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
+# What tells an encoder where a patch is, and what brings other patches into it.
+MIXING = ("position", "pos_embed", "out_proj", "o_proj", "attn.proj", "projection_layer")
+
 Made = tuple[Any, Any]  # processor, config
 FAMILIES: dict[str, Callable[[], Made]] = {}
 
@@ -31,28 +35,21 @@ def family(make: Callable[[], Made]) -> Callable[[], Made]:
 
 def save(name: str, folder: Path) -> Path:
     """A checkpoint of the family. Its encoder sees each patch alone: no positions, no attention."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     torch.manual_seed(0)
     processor, config = FAMILIES[name]()
     model = randomise(AutoModelForImageTextToText.from_config(config))
-    tower = model.model.visual if hasattr(model.model, "visual") else None
-    for path, parameter in (tower or model.model).named_parameters():
-        if tower is None and not path.startswith("vision"):
-            continue
-        if "position" in path or "pos_embed" in path or is_attention_output(path):
+    for path, parameter in model.model.named_parameters():
+        if path.startswith("vis") and any(part in path for part in MIXING):
             torch.nn.init.zeros_(parameter)
-    vocabulary = len(processor.tokenizer)
-    specials = processor.tokenizer.all_special_ids + list(range(85, vocabulary))
-    model.generation_config.suppress_tokens = sorted(set(specials))
+    words = len(AutoTokenizer.from_pretrained(REFERENCE))
+    model.generation_config.suppress_tokens = [*range(5), *range(words, len(processor.tokenizer))]
+    model.generation_config.eos_token_id = list(range(words))  # answers of one word
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def is_attention_output(path: str) -> bool:
-    return any(end in path for end in ("out_proj", "o_proj", "attn.proj", "projection_layer"))
 
 
 def tokenizer(image: str, **named: str):
@@ -66,9 +63,9 @@ def chat(image: str) -> str:
     return CHAT.replace("IMAGE", image)
 
 
-def text(words, kind: str = "llama", **others) -> dict:
-    ends = {"bos_token_id": 3, "eos_token_id": 4}
-    return {**LLAMA, "model_type": kind, "vocab_size": len(words), **ends, **others}
+def text(words, model_type: str = "llama", **others) -> dict:
+    own = {"model_type": model_type, "vocab_size": len(words), "bos_token_id": 3, "eos_token_id": 4}
+    return {**LLAMA, **others, **own}
 
 
 def qwen(processor: str, model_type: str, vision: dict, decoder: dict) -> Made:
@@ -115,7 +112,7 @@ def gemma3() -> Made:
     words = tokenizer("<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     images = Gemma3ImageProcessor(size=SIDES, **PLAIN)
     made = Gemma3Processor(images, words, chat("<start_of_image>"), image_seq_length=16)
-    decoder = text(words, "gemma3_text", head_dim=8, query_pre_attn_scalar=8, sliding_window=12)
+    decoder = text(words, **GEMMA3)
     config = Gemma3Config(
         vision_config={**SIGLIP, "image_size": 64},
         text_config=decoder,

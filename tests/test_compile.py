@@ -68,18 +68,14 @@ def test_compiled_decoding_over_a_static_cache(host, fullgraph, positions):
     assert frames["unique_graphs"] >= 1  # it was compiled
 
 
-@pytest.mark.parametrize("first", ["compile", "vtc"])
 @torch.no_grad()
-def test_compiled_decoder_in_a_model_that_is_not(first):
+def test_compiled_decoder_in_a_model_that_is_not():
     """What the hooks on the base model found out is not in its graph."""
     model, make_inputs = build("llava-clip")
-    inputs = make_inputs((2, 1), pads=1)
-    with vtc.compress(model, "vtc-cls", keep=0.4):
+    inputs = make_inputs((1,))
+    with vtc.compress(model, "divprune", keep=0.4):
         expected = model(**inputs).logits
-    compiled = torch.compile(model.model.language_model, backend="eager")
-    if first == "compile":
-        model.model.language_model = compiled
-    with vtc.compress(model, "vtc-cls", keep=0.4):
-        model.model.language_model = compiled
+    model.model.language_model = torch.compile(model.model.language_model, backend="eager")
+    with vtc.compress(model, "divprune", keep=0.4):
         torch.testing.assert_close(model(**inputs).logits, expected)
     torch.compiler.reset()

@@ -34,7 +34,8 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def _sweep(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    text = f"default: those of {', '.join(METHODS)} that the model serves"
+    command.add_argument("--methods", nargs="+", metavar="METHOD", help=text)
     command.add_argument(
         "--baselines", nargs="*", default=["random", "downsample"], metavar="METHOD", help="run beside them"
     )
@@ -76,7 +77,8 @@ def _profile(command: argparse.ArgumentParser) -> None:
 
 
 def _compression(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", default="vtc-cls", help="one of `vtc methods`")
+    text = "one of `vtc methods`; default: vtc-cls, or divprune where the encoder has no CLS token"
+    command.add_argument("--method", help=text)
     command.add_argument("--keep", type=_budget, default=0.25, help="a fraction, or a whole number of tokens")
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method"

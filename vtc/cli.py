@@ -70,6 +70,7 @@ def _ask(options: argparse.Namespace) -> None:
     from .ask import compare_answers
 
     model, processor = _load(options.model)
+    _choose_method(options, model)
     answers = compare_answers(
         model, processor, options.image, options.question, options.method, options.keep, **_settings(options)
     )
@@ -91,6 +92,7 @@ def _draw(options: argparse.Namespace) -> None:
 
     image = open_image(options.image)
     model, processor = _load(options.model)
+    _choose_method(options, model)
     how = {"method": options.method, "keep": options.keep, **_settings(options)}
     records = ask(model, processor, image, options.question, max_new_tokens=1, **how).records
     kept, given = (sum(record.entering[part] for record in records) for part in ("decoder", "features"))
@@ -109,6 +111,7 @@ def _profile(options: argparse.Namespace) -> None:
 
     image = open_image(options.image)
     model, processor = _load(options.model)
+    _choose_method(options, model)
     inputs = place(encode(processor, [options.question], [image]), model)
     full = profile(model, inputs)
     with compress(model, options.method, keep=options.keep, **_settings(options)):
@@ -124,10 +127,12 @@ def _sweep(options: argparse.Namespace) -> None:
     from .evaluation.sweep import sweep
 
     model, processor = _load(options.model)
+    # What was not asked for by name runs as baselines do: where the model serves it.
+    baselines = options.baselines if options.methods else [*METHODS, *options.baselines]
     rows = sweep(
-        model, processor, options.methods, options.keeps, options.tasks, n=options.questions,
+        model, processor, options.methods or (), options.keeps, options.tasks, n=options.questions,
         split=options.split, seeds=options.seeds, output=options.output, batch_size=options.batch_size,
-        baselines=options.baselines, command=options.command,
+        baselines=dict.fromkeys(baselines), command=options.command,
     )  # fmt: skip
     _print_boards(boards(rows))
     print(options.output)
@@ -227,6 +232,17 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
         except (ValueError, SyntaxError):  # a word
             settings[name] = value
     return settings
+
+
+def _choose_method(options: argparse.Namespace, model: Any) -> None:
+    from .api import compress
+
+    if options.method is None:
+        options.method = "vtc-cls"
+        try:
+            compress(model, options.method, keep=1.0).remove()
+        except ValueError:
+            options.method = "divprune"
 
 
 def _shown(options: argparse.Namespace) -> str:

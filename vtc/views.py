@@ -65,7 +65,9 @@ def views(processor: Any, size: tuple[int, int]) -> list[Box]:
     if any(pixels is None for pixels in seen):
         return []
     black, white, ramp = seen
-    shares = ((ramp - black) / (white - black)).double()  # whatever the normalisation; NaN where it is padding
+    shares = (
+        (ramp - black) / (white - black)
+    ).double()  # whatever the normalisation; NaN where it is padding
     return [_box(share, size) for share in shares if not share[:2].isnan().all()]
 
 

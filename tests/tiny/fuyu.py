@@ -12,7 +12,7 @@ NEWLINE = 96  # a word of the prompt, behind each row of patches
 GRIDS = [(2, 6), (4, 4), (3, 4)]  # (rows, columns) of patches of the pictures
 
 
-@host("fuyu", lacks=("beams", "chunked"))
+@host("fuyu", works=False)
 def fuyu():
     from transformers import FuyuConfig, FuyuForCausalLM
 

@@ -270,7 +270,7 @@ def squares_of_tokens(pixels: int, grid: bool, channels: int = 3, frames: int = 
     return maker(draw, lambda i: prod(grids[i % len(grids)]))
 
 
-@host("inkling", lacks=("static",), refuses=("chunked",))
+@host("inkling", works=False)
 def inkling():
     from transformers import InklingConfig, InklingForConditionalGeneration
 

@@ -11,7 +11,7 @@ TILES = [(2, 1), (1, 2), (1, 1)]  # (rows, columns) of tiles of 32 pixels
 SIDE, PATCHES, TOKENS = 32, 8, 4  # of a tile: pixels, patches and tokens along one side
 
 
-@host("phi4_multimodal", lacks=("chunked",))
+@host("phi4_multimodal", works=False)
 def phi4_multimodal():
     from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 

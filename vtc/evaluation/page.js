@@ -65,7 +65,7 @@ function chart(board, place) {
       const at = { cx: x(point.tokens), cy: y(point.accuracy[kind]) };
       const target = element("circle", { ...at, r: 13, fill: "transparent" });
       target.addEventListener("mouseenter", () => {
-        tip.textContent = `${line.name}: ${(100 * point.accuracy[kind]).toFixed(1)} % with ${point.tokens} tokens`;
+        tip.textContent = `${line.name}: ${(100 * point.accuracy[kind]).toFixed(1)} % with ${Math.round(point.tokens)} tokens`;
         tip.style.cssText = `display:block;left:${(100 * at.cx) / size.width}%;top:${(100 * at.cy) / size.height}%`;
         focus(line.name);
       });

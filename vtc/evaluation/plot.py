@@ -80,7 +80,7 @@ def _curves(axes, board: Board, kind: str | None = None, scale: float = 1) -> No
     for row, dashes in ((board.full, (6, 3)), (board.blind, (1, 2))):
         if row:
             level = 100 * (row["kinds"][kind] if kind else row)["accuracy"]
-            name = f"all {row['tokens']:g} tokens" if row is board.full else "no image"
+            name = f"all {row['tokens']:.0f} tokens" if row is board.full else "no image"
             axes.axhline(level, color=INK, linewidth=1.2, dashes=dashes, label=name, zorder=1)
     _ticks(axes, board)
 

@@ -55,7 +55,7 @@ def _board(i: int, board: Board, exhibits: list[Exhibit]) -> str:
 def _cards(board: Board) -> str:
     cards = []
     if board.full:
-        cards.append((board.full["accuracy"], f"all {board.full['tokens']:g} tokens"))
+        cards.append((board.full["accuracy"], f"all {board.full['tokens']:.0f} tokens"))
     for keep in dict.fromkeys(board.keeps[i] for i in (len(board.keeps) // 2, -1) if board.keeps):
         best = _best(board, keep)
         cards.append((board.cells[best, keep].accuracy, f"{best} with {budget(board, keep).split(', ')[-1]}"))

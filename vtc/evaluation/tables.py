@@ -15,7 +15,7 @@ BELOW_RANDOM = "▾"
 
 @dataclass(frozen=True)
 class Cost:
-    """A column of the table of costs: a field of a row's `cost`, divided by `unit`."""
+    """A column of the table of costs: a field of a row's `cost`, or of the row itself, divided by `unit`."""
 
     heading: str
     field: str
@@ -23,12 +23,13 @@ class Cost:
     digits: int = 0
 
     def show(self, cell: Cell) -> str:
-        known = [row["cost"][self.field] for row in cell.rows if row["cost"][self.field] is not None]
+        values = [(row | row["cost"])[self.field] for row in cell.rows]
+        known = [value for value in values if value is not None]
         return f"{mean(known) / self.unit:.{self.digits}f}" if known else "-"
 
 
 COSTS = (
-    Cost("image tokens", "llm_tokens"),
+    Cost("image tokens", "tokens"),
     Cost("tokens per layer, with text", "decoder_tokens"),
     Cost("prefill GFLOPs", "tflops_total", 1e-3, 2),
     Cost("KV cache, KiB", "kv_bytes", 1024),
@@ -82,7 +83,7 @@ def bounds(board: Board) -> str:
     """One sentence with what all tokens and no image reach."""
     known = []
     if board.full:
-        known.append(f"all {board.full['tokens']:g} tokens {100 * board.full['accuracy']:.1f} %")
+        known.append(f"all {board.full['tokens']:.0f} tokens {100 * board.full['accuracy']:.1f} %")
     if board.blind:
         known.append(f"the question without its image {100 * board.blind['accuracy']:.1f} %")
     return f"For comparison: {', '.join(known)}." if known else ""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from .host import Host
+from .refused import REFUSED
 from .structure import Encoder
-from .table import HOSTS, REFUSED
+from .table import HOSTS
 
 
 @dataclass
@@ -76,7 +77,7 @@ def features_owner(model: nn.Module) -> nn.Module:
 
 
 def _layers_owner(decoder: nn.Module) -> nn.Module:
-    """The stack of layers, also where a family holds it together with its language head, or it is compiled."""
+    """The stack of layers, also where a family holds it with its language head, or where it is compiled."""
     decoder = getattr(decoder, "_orig_mod", decoder)
     while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
         decoder = decoder.model

@@ -13,7 +13,6 @@ from ..record import Tile
 
 if TYPE_CHECKING:
     from . import Vision
-    from .joined import Joined
 
 
 @dataclass
@@ -56,6 +55,7 @@ LayoutFunction = Callable[["Vision", dict[str, Any], list[Tensor]], list[Layout]
 class Host:
     """One family. `tower`, `video_tower` and `projector` are attribute paths from the base model.
 
+    model_types what configs call it; its name where none are given
     layout      of images; None where the family has none
     video       of videos; None where the family has none
     features    the field of the features' output that is put into the prompt
@@ -68,15 +68,14 @@ class Host:
     slots       sparse decoder layers take positions for places in the cache
     base        path from the model's base to the module that makes the features, where it is another one
     reader      path from the model's base to a decoder of its own that reads what became of the prompt
-    joined      what the base model does in front of its layers, where that must be a step of its own
     memory      images are not in the prompt: layers of cross-attention look at them
     resizable   the tower takes smaller pictures, and the projector works token by token
     """
 
     name: str
-    model_types: tuple[str, ...]
     layout: LayoutFunction | None = None
     video: LayoutFunction | None = None
+    model_types: tuple[str, ...] = ()
     tower: str = "vision_tower"
     video_tower: str | None = None
     projector: str = "multi_modal_projector"
@@ -90,6 +89,8 @@ class Host:
     reader: str = ""
     slots: bool = False
     blocks_everywhere: bool = False
-    joined: Joined | None = None
     memory: bool = False
     resizable: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "model_types", self.model_types or (self.name,))

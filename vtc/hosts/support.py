@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-from .table import REFUSED
+from .refused import REFUSED
 
 # column of the table -> what its tests show
 COLUMNS = {

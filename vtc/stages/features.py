@@ -18,7 +18,6 @@ from ..allocate import ALLOCATIONS
 from ..capture import Capture, Recording
 from ..hosts import Vision
 from ..hosts.host import Layout, LayoutFunction
-from ..hosts.joined import ENCODE
 from ..method import Method
 from ..record import Record, Tile
 from ..threads import thread_key
@@ -70,8 +69,7 @@ class FeaturesStage:
         base = self.vision.base
         setattr(base, _STAGE, self)
         for name, source in self.sources.items():
-            encode = self.vision.host.joined and self.vision.host.joined.encode
-            source.original = encode or getattr(base, name).__func__
+            source.original = getattr(base, name).__func__
             source.was_wrapped = name in vars(base)
             source.marking = _marking(name, source.original)
             setattr(base, name, MethodType(source.marking, base))
@@ -261,9 +259,7 @@ def _sources(vision: Vision, method: Method) -> dict[str, _Source]:
     sources = {}
     if vision.host.layout:
         capture = Capture(vision.encoder, method.needs, method.name)
-        joined = vision.host.joined
-        name = ENCODE if joined and joined.encode else "get_image_features"
-        sources[name] = _Source(vision.host.layout, capture)
+        sources["get_image_features"] = _Source(vision.host.layout, capture)
     if vision.host.video:
         same = sources and vision.video_encoder is vision.encoder
         capture = capture if same else Capture(vision.video_encoder, method.needs, method.name)

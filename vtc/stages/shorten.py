@@ -139,7 +139,7 @@ class Shortening:
 
     # -- the base model: what came in, before embeddings and features are mixed
 
-    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel runs copies whose image features the first of them would make: train "
@@ -158,11 +158,6 @@ class Shortening:
             foreign_mask=mask is not None and _mask2d(mask) is None,
             types=self._types(given),
         )
-        if self.host.joined is None or given.get("input_ids") is None:
-            return None
-        given, call = self.host.joined.embed(module, given), self._calls[thread_key()]
-        call.vision = call.seen
-        return (), given
 
     def _types(self, given: dict) -> dict[str, Tensor]:
         """DiffusionGemma ignores kinds of tokens in forward, not in the masks that its generate() makes."""
