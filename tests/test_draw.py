@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, SiglipImageProcessor
+from transformers import CLIPImageProcessor, MllamaImageProcessor, SiglipImageProcessor
 
 from vtc.draw import INK, contact_sheet, draw
 from vtc.record import Record, Tile
@@ -108,6 +108,19 @@ def test_tiles_lie_in_their_place_and_the_thumbnail_beside_them():
     assert kept == [[True, False, False, True], [False, False, False, False]]
     thumbnail = cells(picture.crop((592, 0, 880, 144)), (2, 2))
     assert [is_grey(colour) for colour in thumbnail.reshape(4, 3)] == [True, True, True, False]
+
+
+def test_padding_that_a_tile_shows_is_drawn():
+    """Mllama lays a picture into the corner of its canvas of tiles."""
+    left, right = (Tile(torch.arange(4) + 4 * i, (2, 2), (i / 2, 0.0, i / 2 + 0.5, 1.0)) for i in range(2))
+    canvas = MllamaImageProcessor(size={"height": 64, "width": 64}, max_image_tiles=2)
+    everything = record(list(range(8)), (2, 2), [left, right])
+    picture = draw(Image.new("RGB", (150, 100), RED), everything, processor=canvas, caption=False)
+    assert (
+        abs(picture.width - 2 * picture.height) < 6
+    )  # of the canvas, three quarters of which the picture fills
+    seen = (np.asarray(picture)[10, :, 0] > 150).mean()
+    assert 0.72 < seen < 0.78
 
 
 def test_several_images_make_a_row():

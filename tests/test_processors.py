@@ -13,9 +13,7 @@ import vtc
 from vtc import cli
 from vtc.ask import ask, compare_answers, load_model
 from vtc.evaluation.board import boards
-from vtc.evaluation.gallery import gallery
 from vtc.evaluation.prompts import Batches, encode, place
-from vtc.evaluation.report import write_report
 from vtc.evaluation.sweep import sweep
 from vtc.evaluation.tasks import load_task
 from vtc.method import Select, _registry
@@ -109,7 +107,7 @@ def write_task(folder, model, processor):
 
 
 @pytest.mark.filterwarnings("ignore:the run of blind")  # PaliGemma asks nothing without a picture
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"qwen3_vl", "llava_next"}))  # like two others
 def test_sweep_in_batches_of_pictures_of_different_shapes(name, load, tmp_path):
     _, model, processor = load(name)
     task = write_task(tmp_path, model, processor)
@@ -122,26 +120,27 @@ def test_sweep_in_batches_of_pictures_of_different_shapes(name, load, tmp_path):
     assert half["cost"]["physical_length"] < full["cost"]["physical_length"]
 
 
-def test_report_of_several_models(load, tmp_path):
-    rows, names = [], ("qwen2_5_vl", "internvl")
+def test_report_of_several_models(load, tmp_path, capsys):
+    rows, names, output = [], ("qwen2_5_vl", "internvl"), tmp_path / "all.jsonl"
+    how = {"baselines": "random", "repeats": 1, "progress": False, "output": output}
     for name in names:
-        _, model, processor = load(name)
+        folder, model, processor = load(name)
         task = write_task(tmp_path, model, processor)
-        how = {"baselines": "random", "repeats": 1, "progress": False, "output": tmp_path / "all.jsonl"}
         rows += sweep(model, processor, "divprune", 0.5, task, **how)
     found = boards(rows)
     assert [board.model.split("@")[0][: len(name)] for board, name in zip(found, names)] == list(names)
     assert {row["cost"]["tflops_by"] for row in rows if row["cost"]} == {"counter"}
-    exhibits = [
-        gallery(*load(name)[1:], load_task(task), board.runs[:1], 2) for name, board in zip(names, found)
-    ]
-    tokens = {kept.tokens for exhibit in exhibits[1] for kept in exhibit.kept.values()}
-    assert all(len(exhibit) == 2 for exhibit in exhibits) and min(tokens) > 16  # of all tiles of a picture
-    page = write_report(found, tmp_path / "report", exhibits)
-    text = (page.parent / "report.md").read_text()
-    assert text.count("\n## Costs") == 2 and (page.parent / "accuracy-2.png").exists()
-    every = found[1].full["tokens"]
+    where = ["--out", str(tmp_path / "report"), "--model", str(folder), "--pictures", "2"]
+    assert cli.main(["report", str(output), *where]) == 0
+    assert f"there are none of {found[0].model}" in capsys.readouterr().err
+    text, page = ((tmp_path / "report" / name).read_text() for name in ("report.md", "index.html"))
+    every = found[1].full["tokens"]  # of all tiles of a picture
     assert f"| all tokens | {every:.0f} |" in text and f"all {every:.0f} tokens" in text
+    first, second = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert first["exhibits"] == [] and len(second["exhibits"]) == 2
+    for exhibit in second["exhibits"]:
+        half = {kept["tokens"] for kept in exhibit["kept"]}
+        assert half == {exhibit["original"]["tokens"] // 2} and exhibit["original"]["tokens"] > 16
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .hosts import Encoder
 from .method import Need, get_method, list_methods
-from .threads import own, thread_key
+from .threads import ByThread
 
 _PREFIX = "vtc|"  # names in transformers' AttentionInterface; they stay there and do nothing by themselves
 _ELEMENTS = 1 << 19  # attention weights held at once, or as many as queries: they stay in a CPU's cache
@@ -39,7 +39,7 @@ class Capture:
         self.encoder = encoder
         self.needs = {need.kind: need.resolve(len(encoder.blocks)) for need in needs}
         self._layers = {layer for layers in self.needs.values() for layer in layers}
-        self._recordings: dict[int, Recording] = {}  # by thread: two forwards at once must not mix
+        self._recordings: ByThread[Recording] = ByThread()  # two forwards at once must not mix
         self._wrapped: list[tuple[nn.Module, object]] = []
 
     def install(self) -> None:
@@ -70,12 +70,12 @@ class Capture:
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         """Opens this thread's recording; calls outside of one (in a backward, say) are ignored."""
-        thread = thread_key()
-        recording = self._recordings[thread] = Recording(self)
+        recording = Recording(self)
+        self._recordings.set(recording)
         try:
             yield recording
         finally:
-            del self._recordings[thread]
+            self._recordings.pop()
 
 
 def missing(encoder: Encoder, need: Need) -> str | None:
@@ -141,7 +141,7 @@ class _Recorder:
     layer: int
 
     def __call__(self, *tensors) -> None:
-        recording = own(self.capture._recordings)
+        recording = self.capture._recordings.get()
         if recording is not None:
             recording.add(self.layer, *tensors)
 

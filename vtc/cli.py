@@ -198,11 +198,15 @@ def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[li
     from .evaluation.sweep import identify
     from .evaluation.tasks import load_task
 
-    others = {board.model for board in found} - {identify(model)}
+    own = identify(model)
+    others = dict.fromkeys(board.model for board in found if board.model != own)
     if others:
-        warnings.warn(f"the pictures are of {identify(model)}, not of {', '.join(others)}", stacklevel=2)
-    tasks = [load_task(board.task, split=board.split or "test") for board in found]
-    return [gallery(model, processor, task, board.runs, n) for task, board in zip(tasks, found, strict=True)]
+        warnings.warn(f"the pictures are of {own}, there are none of {', '.join(others)}", stacklevel=2)
+
+    def exhibits(board: Board) -> list[Exhibit]:
+        return gallery(model, processor, load_task(board.task, split=board.split or "test"), board.runs, n)
+
+    return [exhibits(board) if board.model == own else [] for board in found]
 
 
 def _load(name: str | None) -> tuple[Any, Any]:

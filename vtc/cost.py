@@ -27,7 +27,8 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     """One result row: what a prefill costs on the inputs of a processor, as compressed as the model now is.
 
     plan                   method, options, stage and keep of each step; empty for the bare model
-    images, rows           how many images and prompts the inputs hold
+    images, rows           how many images and prompts the inputs hold; for models that are not told which
+                           tiles are of one image, a tile is an image
     image_tokens           tokens per image before any reduction, newline tokens included
     encoder_tokens         tokens per image that enter a block of the encoder, mean over blocks: all tiles,
                            CLS included; None where the encoder has no blocks

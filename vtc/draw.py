@@ -111,11 +111,9 @@ def _picture(image: Image | list[Image], record: Record, cropped: bool, long_sid
     crops = [tile for tile in tiles if not tile.thumbnail]
     if not crops:
         thumbnails, crops = [], thumbnails
-    if len(tiles) == 1:
-        box = tiles[0].box
-        box = _centre(image, tiles[0].grid) if cropped and box == WHOLE else box
-        image, crops = _cut(image, box), [replace(tiles[0], box=WHOLE)]
-    panels = [_panel(image, crops, record, long_side)]
+    if len(tiles) == 1 and cropped and crops[0].box == WHOLE:
+        crops = [replace(crops[0], box=_centre(image, crops[0].grid))]
+    panels = [_panel(*_cut(image, crops), record, long_side)]
     panels += [_panel(image, [tile], record, long_side // 2) for tile in thumbnails]
     return _side_by_side(panels)
 
@@ -146,11 +144,15 @@ def _centre(image: Image, grid: tuple[int, int]) -> Box:
     return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
-def _cut(image: Image, box: Box) -> Image:
-    """What of the image lies in the box, black where the box is larger."""
-    left, right = (round(side * image.width) for side in box[::2])
-    top, bottom = (round(side * image.height) for side in box[1::2])
-    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+def _cut(image: Image, tiles: list[Tile]) -> tuple[Image, list[Tile]]:
+    """What the tiles show of an image, black where they show padding, and the tiles on that."""
+    boxes = np.array([tile.box for tile in tiles])  # (tiles, 4)
+    start, end = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    left, top = (round(place * side) for place, side in zip(start, image.size))
+    right, bottom = (round(place * side) for place, side in zip(end, image.size))
+    shown = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+    boxes = (boxes - np.tile(start, 2)) / np.tile(end - start, 2)
+    return shown, [replace(tile, box=tuple(box)) for tile, box in zip(tiles, boxes.tolist())]
 
 
 def _panel(image: Image, tiles: list[Tile], record: Record, long_side: int) -> Image:

@@ -30,7 +30,7 @@ def place(images: list[Any], records: list[Record], processor: Any) -> list[Reco
     if sum(counts) != len(records):
         raise ValueError(
             f"{len(images)} image(s) were given and the last forward had {len(records)}: give each image of "
-            "it, in order, and the processor, which may show one image to the model as several"
+            "it, in order, and the processor, which may know an image's tiles; else a picture of each tile"
         )
     ends = np.cumsum(counts).tolist()
     parts = [records[end - count : end] for end, count in zip(ends, counts)]
@@ -84,9 +84,10 @@ def _pixels(processor: Any, picture: np.ndarray) -> Tensor | None:
 
     image = Image.fromarray(picture)
     if hasattr(processor, "tokenizer"):
-        pixels = encode(processor, ["?"], [image]).get("pixel_values")
+        inputs = encode(processor, ["?"], [image])
     else:  # an image processor
-        pixels = processor(images=[image], return_tensors="pt")["pixel_values"]
+        inputs = processor(images=[image], return_tensors="pt")
+    pixels = inputs.get("pixel_values")
     return None if pixels is None or pixels.dim() < 4 else pixels.flatten(0, -4)
 
 
@@ -115,9 +116,9 @@ def _near(place: Tensor, size: Tensor) -> float:
 
 
 def _located(record: Record, boxes: list[Box]) -> Record:
-    """The tiles where the views lie, if the model does not know it better."""
+    """The tiles where the views lie. Tiles of different grids were cut, to places that the model knows."""
     tiles = record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
-    if len(boxes) != len(tiles) or any(tile.box != WHOLE or tile.thumbnail for tile in tiles):
+    if len(boxes) != len(tiles) or len({tile.grid for tile in tiles}) > 1:
         return record
     several = len(boxes) > 1
     placed = [replace(tile, box=box, thumbnail=several and box == WHOLE) for tile, box in zip(tiles, boxes)]

@@ -20,7 +20,7 @@ from ..hosts import Vision
 from ..hosts.host import Layout, LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
-from ..threads import thread_key
+from ..threads import ByThread
 from ..tokens import Reduction, Tokens, check_keep, count_kept
 from .fields import items, join, put
 from .late import LateProjector
@@ -42,7 +42,7 @@ class FeaturesStage:
         self.positions, self.allocate = positions, allocate
         self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
         self._records: dict[str, list[Record]] = {}  # by source, of the last forward
-        self._nested: set[int] = set()  # threads inside one of the wrapped methods
+        self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
         self.sources = _sources(vision, method)
         self.shortening = Shortening(vision, repack=positions == "repack")
         self.resolution = LowResolution(vision) if method.lowers_resolution else None
@@ -104,19 +104,19 @@ class FeaturesStage:
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own method returns, dropped tokens marked by rows of NaN."""
-        source, thread = self.sources[name], thread_key()
-        if thread in self._nested:  # videos of many families go through the method for images
+        source = self.sources[name]
+        if self._nested.get():  # videos of many families go through the method for images
             return source.original(base, *args, **kwargs)
         self._refuse_changes(base)
         source.capture.follow()
         # Then nothing has to be scored. A whole number 1 is one token.
         everything = isinstance(self.keep, float) and self.keep == 1
-        self._nested.add(thread)
+        self._nested.set(True)
         try:
             with nullcontext() if everything else source.capture.recording() as recording:
                 output = source.original(base, *args, **kwargs)
         finally:
-            self._nested.discard(thread)
+            self._nested.pop()
         start = time.perf_counter()
         if isinstance(output, tuple):
             raise ValueError("compressed image features come as an output object: call with return_dict=True")
@@ -142,6 +142,7 @@ class FeaturesStage:
                 f"'{self.method.name}' works with it: call compress() with replace=True"
             )
 
+    @torch.compiler.disable
     def _mark(self, name: str, output: Any, given: dict[str, Any], recording: Recording | None) -> None:
         """Reduces the features in an output object, image by image, and notes what became of each."""
         host = self.vision.host

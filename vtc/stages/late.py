@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..threads import thread_key
+from ..threads import ByThread
 
 
 class LateProjector:
@@ -15,7 +15,7 @@ class LateProjector:
 
     def __init__(self, projector: nn.Module):
         self.projector = projector
-        self._dropped: dict[int, Tensor] = {}  # by thread: (N, 1)
+        self._dropped: ByThread[Tensor] = ByThread()  # (N, 1)
         self._hooks: list[Any] = []
 
     def install(self) -> None:
@@ -32,8 +32,9 @@ class LateProjector:
 
     def _hold(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         x = args[0]  # (N, D)
-        dropped = self._dropped[thread_key()] = x[..., :1].isnan()
+        dropped = x[..., :1].isnan()
+        self._dropped.set(dropped)
         return (x.masked_fill(dropped, 0),)
 
     def _mark(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output.masked_fill(self._dropped.pop(thread_key()), float("nan"))
+        return output.masked_fill(self._dropped.pop(), float("nan"))

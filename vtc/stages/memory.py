@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..capture import Recording
 from ..hosts.memory import count_tiles
-from ..threads import thread_key
+from ..threads import ByThread
 from ..tokens import gather
 from .features import FeaturesStage, rows_of
 from .fields import items
@@ -40,7 +40,7 @@ class MemoryStage(FeaturesStage):
     def install(self) -> None:
         base = self.vision.base
         self._parameters = list(inspect.signature(type(base).forward).parameters)[1:]
-        self._calls: dict[int, _Call] = {}  # by thread
+        self._calls: ByThread[_Call] = ByThread()
         for capture in self._captures():
             capture.install()
         self._hooks = [
@@ -64,14 +64,14 @@ class MemoryStage(FeaturesStage):
         context = ExitStack()
         (source,) = self.sources.values()
         recording = None if everything else context.enter_context(source.capture.recording())
-        self._calls[thread_key()] = _Call(given, recording, context)
+        self._calls.set(_Call(given, recording, context))
 
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if call := self._calls.pop(thread_key(), None):
+        if call := self._calls.pop():
             call.context.close()
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        cache, call = kwargs.get("past_key_values"), self._calls.get(thread_key())
+        cache, call = kwargs.get("past_key_values"), self._calls.get()
         states, mask = kwargs.get("cross_attention_states"), kwargs.get("cross_attention_mask")
         plan = getattr(cache, _KEPT, None)
         if states is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..grid import low_grid, nearest
 from ..hosts import Vision
-from ..threads import thread_key
+from ..threads import ByThread
 from ..tokens import count_kept
 
 
@@ -28,7 +28,7 @@ class LowResolution:
                 f"{type(vision.encoder.tower).__name__} cannot see smaller pictures: use 'pool' or 'uniform'"
             )
         self.vision = vision
-        self._sizes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}  # by thread: full and low grid
+        self._sizes: ByThread[tuple[tuple[int, int], tuple[int, int]]] = ByThread()  # full and low grid
         self._hooks: list[Any] = []
 
     def install(self, stage: Any) -> None:
@@ -53,11 +53,11 @@ class LowResolution:
 
     def forget(self) -> None:
         """The picture of this thread is done with."""
-        self._sizes.pop(thread_key(), None)
+        self._sizes.pop()
 
     def cells(self, patches: Tensor) -> Tensor:
         """The low-resolution token under each patch (rows, n), counted over an encoder row."""
-        grid, low = self._sizes[thread_key()]
+        grid, low = self._sizes.get()
         return nearest(grid, low, patches.device)[patches % (grid[0] * grid[1])]
 
     def _shrink(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -65,7 +65,7 @@ class LowResolution:
         patch = self.vision.encoder.tower.config.patch_size
         grid = pixels.shape[-2] // patch, pixels.shape[-1] // patch
         low = low_grid(grid, count_kept(self._stage.keep, grid[0] * grid[1]))
-        self._sizes[thread_key()] = grid, low
+        self._sizes.set((grid, low))
         if low == grid:
             return args, kwargs
         size = low[0] * patch, low[1] * patch
@@ -75,7 +75,7 @@ class LowResolution:
 
     def _spread(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # Without sizes no picture is under way: a projector copied alone has a copy of this hook.
-        grid, low = self._sizes.get(thread_key(), (None, None))
+        grid, low = self._sizes.get() or (None, None)
         if low == grid:
             return output
         first = output.shape[1] - low[0] * low[1]  # CLS, where the host keeps it

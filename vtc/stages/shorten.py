@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Vision
-from ..threads import own, thread_key
+from ..threads import ByThread
 from ..tokens import gather
 from .blocks import BlockMasks
 from .cache import (
@@ -96,8 +96,8 @@ class Shortening:
             name for name in self._parameters if name.startswith(("pixel_values", "image_patches"))
         ]
         self._masks = BlockMasks.of(vision)
-        self._calls: dict[int, _Call] = {}  # by thread
-        self._over: set[int] = set()  # threads whose last forward with images has ended
+        self._calls: ByThread[_Call] = ByThread()
+        self._over: ByThread[bool] = ByThread()  # True where the last forward with images has ended
         self._hooks: list[Any] = []
 
     def install(self) -> None:
@@ -120,22 +120,21 @@ class Shortening:
     def seen(self, output: Any, dropped: bool) -> None:
         """The stage reports features that went through it. generate() encodes first and passes them later."""
         output.__class__ = _tagged(type(output), dropped)
-        if call := self._calls.get(thread_key()):
+        if call := self._calls.get():
             call.seen = True
             call.dropped |= dropped
 
     def begins(self) -> bool:
         """Whether features that come now are the first of a new forward."""
-        call = self._calls.get(thread_key())
-        begins = thread_key() in self._over or (call is not None and call.fresh)
-        self._over.discard(thread_key())
+        call = self._calls.get()
+        begins = bool(self._over.pop()) or (call is not None and call.fresh)
         if call is not None:
             call.fresh = False
         return begins
 
     def inside(self) -> bool:
         """Whether the base model is running, so that all features are of one forward."""
-        return thread_key() in self._calls
+        return self._calls.get() is not None
 
     # -- the base model: what came in, before embeddings and features are mixed
 
@@ -148,7 +147,7 @@ class Shortening:
         given = {**dict(zip(self._parameters, args)), **kwargs}
         ready = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
         mask = given.get("attention_mask")
-        self._calls[thread_key()] = _Call(
+        call = _Call(
             vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
             fresh=not ready,
             seen=bool(ready) and all(hasattr(output, _TAG) for output in ready),
@@ -158,6 +157,7 @@ class Shortening:
             foreign_mask=mask is not None and _mask2d(mask) is None,
             types=self._types(given),
         )
+        self._calls.set(call)
 
     def _types(self, given: dict) -> dict[str, Tensor]:
         """DiffusionGemma ignores kinds of tokens in forward, not in the masks that its generate() makes."""
@@ -166,9 +166,9 @@ class Shortening:
         return {name: given[name] for name in self._masks.types if given.get(name) is not None}
 
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        call = self._calls.pop(thread_key(), None)
+        call = self._calls.pop()
         if call is not None and call.vision:
-            self._over.add(thread_key())
+            self._over.set(True)
             if call.dropped and not call.reached:
                 raise RuntimeError(
                     f"marked features did not reach {type(self.decoder).__name__}, because the decoder was "
@@ -183,7 +183,7 @@ class Shortening:
     # -- the decoder: the shorter sequence
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = own(self._calls)
+        call = self._calls.get()
         x = kwargs.get("inputs_embeds")
         if x is None:
             return None
@@ -224,6 +224,7 @@ class Shortening:
         mask = physical_mask(cache, state, tail, x.shape[1])
         return self._masks.apply({**kwargs, "attention_mask": mask}, types)
 
+    @torch.compiler.disable
     def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
         x, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         length = x.shape[1]
@@ -275,7 +276,7 @@ class Shortening:
 
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
-        call, cache, x = own(self._calls), kwargs.get("past_key_values"), kwargs["hidden_states"]
+        call, cache, x = self._calls.get(), kwargs.get("past_key_values"), kwargs["hidden_states"]
         if call is None or (call.plan is None and state_of(cache) is None):
             return None
         past = 0 if cache is None else int(cache.get_query_offset(module.layer_idx))
@@ -308,7 +309,7 @@ class Shortening:
                 )
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = own(self._calls)
+        call = self._calls.get()
         if call is None or call.plan is None:
             return None
         cache = kwargs.get("past_key_values")
