@@ -10,6 +10,7 @@ Run from the repository's root:
     python eval/overhead.py --geometry clip-l-336 --methods tome --keeps 0.5
     python eval/overhead.py --clock cpu --threads 1          # on a machine that others use too
     python eval/overhead.py --table                          # the rows as Markdown
+    python eval/overhead.py --readme README.md               # fills its part <!-- overhead:begin -->
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import vtc
 from vtc.cost import compare, device_name, first_token, versions
+from vtc.evaluation.report import fill_parts
 from vtc.evaluation.results import Results, Row, read_rows
 from vtc.evaluation.tables import markdown
 
@@ -309,7 +311,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     heading = ["method", "kept", "compressed / oracle", "compressed / bare", "scoring, % of tower"]
-    heading += ["tower's peak memory, MiB", "with scoring, MiB"]
+    heading += ["tower's peak memory with scoring (without), MiB"]
     lines = [
         [
             row["method"],
@@ -317,12 +319,11 @@ def table(rows: Sequence[Row]) -> str:
             _spread(row["to_oracle"], digits=3),
             _spread(row["to_bare"], digits=3),
             _spread([100 * share for share in row["spent_to_tower"]], digits=1),
-            f"{row['tower_peak_bytes'] / 2**20:.1f}",
-            f"{row['compressed_tower_peak_bytes'] / 2**20:.1f}",
+            f"{row['compressed_tower_peak_bytes'] / 2**20:.1f} ({row['tower_peak_bytes'] / 2**20:.1f})",
         ]
         for row in sorted(rows, key=lambda row: (row["method"], -row["keep"]))
     ]
-    return markdown([heading, *lines], "lrrrrrr")
+    return markdown([heading, *lines], "lrrrrr")
 
 
 def source(rows: Sequence[Row]) -> str:
@@ -373,9 +374,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / config["output"])
     parser.add_argument("--tiny", action="store_true", help="models scaled down to run in seconds")
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown and measure nothing")
+    parser.add_argument(
+        "--readme", type=Path, help="fill this file's part 'overhead' from the rows and measure nothing"
+    )
     options = parser.parse_args(arguments)
     if options.table:
         print(tables(read_rows(options.out)[0]))
+    if options.readme:
+        fill_parts(options.readme, {"overhead": lambda: tables(read_rows(options.out)[0])})
+    if options.table or options.readme:
         return
     if options.threads:
         torch.set_num_threads(options.threads)

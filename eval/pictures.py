@@ -24,7 +24,7 @@ def main() -> None:
     image.save(assets / "scene.png")
     every = ask(model, processor, image, QUESTION, "uniform", keep=1.0)
     kept = ask(model, processor, image, QUESTION, METHOD, keep=KEEP)
-    panels = [draw(image, answer.record, processor=processor, caption=False) for answer in (every, kept)]
+    panels = [draw(image, answer.records, processor=processor, caption=False) for answer in (every, kept)]
     captions = [f"{answer.tokens} tokens: “{answer.text}”" for answer in (every, kept)]
     contact_sheet(panels, captions, columns=2).save(assets / "kept.png")
     plot_accuracy(load_boards(RESULTS)[0], assets / "accuracy.png")

@@ -8,7 +8,7 @@ from tiny import build
 from tiny.llava import LLAVA
 
 import vtc
-from vtc.capture import Capture
+from vtc.capture import Capture, working
 from vtc.hosts import open_host
 from vtc.method import Need
 
@@ -83,6 +83,12 @@ def test_only_the_named_layers_are_touched():
     with vtc.compress(model, "vtc-cls", keep=0.5, layers=(0, -2)):
         same = [encoder.attention(layer).config is before[layer] for layer in range(4)]
     assert same == [False, True, False, True]
+
+
+@pytest.mark.parametrize("name, served", [("llava-siglip", True), ("internvl", False), ("fast_vlm", False)])
+def test_smaller_pictures_are_offered_where_the_encoder_takes_them(name, served):
+    encoder = open_host(build(name)[0]).encoder
+    assert ("downsample" in working(encoder)) == encoder.resizable == served
 
 
 @pytest.mark.parametrize(

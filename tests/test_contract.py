@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from footprint import footprint
@@ -266,15 +267,22 @@ def test_a_plan_survives_json(hosts, tmp_path):
 
 
 def test_tiles_cover_the_picture(hosts):
-    """The boxes of LLaVA-NeXT's tiles add up to the image, the thumbnail shows all of it."""
+    """The boxes of LLaVA-NeXT's tiles fill a rectangle without gaps: the image and, since un-padding cuts
+    whole tokens only, less than a token of padding on each side. The thumbnail shows all of the image."""
     model, make_inputs = hosts["llava_next-clip"]
     with vtc.compress(model, "uniform", keep=0.5) as handle, torch.no_grad():
         model(**make_inputs((2, 2)))
     for record in handle.last:
         thumbnail, *crops = record.tiles
         assert thumbnail.thumbnail and thumbnail.box == (0, 0, 1, 1) and thumbnail.grid == record.grid
-        area = sum(
-            (right - left) * (bottom - top) for left, top, right, bottom in (tile.box for tile in crops)
-        )
-        assert area == pytest.approx(1)
+        left, top, right, bottom = boxes = np.array([tile.box for tile in crops]).T
+        rows, cols = np.array([tile.grid for tile in crops]).T
+        width, height = right - left, bottom - top  # each (tiles,)
+        for start, end, token in ((left, right, width / cols), (top, bottom, height / rows)):
+            assert token.max() == pytest.approx(token.min())  # all tokens are of one size
+            before, behind = -start.min(), end.max() - 1
+            assert before == pytest.approx(behind)  # padding is the same on both sides
+            assert -1e-9 < before < token[0]
+        area = (boxes[2].max() - boxes[0].min()) * (boxes[3].max() - boxes[1].min())
+        assert (width * height).sum() == pytest.approx(area)
         assert all(rows * cols == len(tile.slots) for tile in crops for rows, cols in [tile.grid])

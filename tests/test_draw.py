@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build
 from transformers import CLIPImageProcessor, MllamaImageProcessor, SiglipImageProcessor
 
+import vtc
 from vtc.draw import INK, contact_sheet, draw
 from vtc.record import Record, Tile
 
@@ -184,3 +186,22 @@ def test_a_video_is_drawn_frame_by_frame():
         draw(frames[0], record)
     with pytest.raises(ValueError, match="1 frames were given for a video of which the model saw 2"):
         draw([frames[:1]], record)
+
+
+@pytest.mark.parametrize("name", ["idefics2", "aria", "deepseek_ocr2"])
+def test_queries_of_a_resampler_are_not_drawn(name):
+    """They have no places; maps of convolutional encoders have."""
+    model, make_inputs = build(name)
+    with torch.no_grad(), vtc.compress(model, "divprune", keep=0.5) as handle:
+        model(**make_inputs((1,)))
+    with pytest.raises(ValueError, match="queries of a resampler, which belong to no place"):
+        draw(quartered(), handle)
+
+
+@pytest.mark.parametrize("name", ["fast_vlm", "gemma3n", "emu3"])
+def test_maps_without_attention_are_drawn(name):
+    model, make_inputs = build(name)
+    with torch.no_grad(), vtc.compress(model, "divprune", keep=0.5) as handle:
+        model(**make_inputs((1,)))
+    assert not handle.last[0].latent and handle.last[0].grid[0] > 1
+    draw(quartered(), handle)

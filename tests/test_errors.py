@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from footprint import footprint
-from tiny import CLIP, LLAMA, SUPPRESS, build
+from tiny import LLAMA, SUPPRESS, build
 
 import vtc
 

@@ -318,6 +318,56 @@ def _lacks(model, inputs, cache):
     assert not same, "the bare model can do it by now: drop this from `lacks`"
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@shows("generate")
+def test_a_padded_batch_in_chunks(host, tiny, cache):
+    """Of which some rows lose more tokens than others; refused where layers would count their padding."""
+    model, make_inputs = host
+    inputs, chunks = make_inputs(**MIXED), {"prefill_chunk_size": 9, **CACHES[cache]}
+    if {"chunked", "uncached", cache} & set(tiny.lacks) or not _bare_can(model, inputs, chunks):
+        return
+    with vtc.compress(model, "divprune", keep=0.3):
+        expected = model.generate(**inputs, **GREEDY, use_cache=False)
+        try:
+            assert torch.equal(model.generate(**inputs, **GREEDY, **chunks), expected)
+        except ValueError as error:
+            config = open_host(model).decoder.config
+            assert "cannot share a batch here" in str(error)
+            assert getattr(config, "sliding_window", None) or set(config.layer_types) - {"full_attention"}
+
+
+def _bare_can(model, inputs, options):
+    """Some bare models do not run these, or give other tokens than without a cache."""
+    try:
+        found = model.generate(**inputs, **GREEDY, **options)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@shows("training")
+def test_losses_are_finite_and_keep_the_prompts_labels(host, tiny):
+    model, make_inputs = host
+    inputs = make_inputs((1, 1), pads=1)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    bare = forward(model, inputs, labels=labels).loss
+    with vtc.compress(model, "divprune", keep=0.4):
+        loss = forward(model, inputs, labels=labels).loss
+    assert bare.isfinite() and loss.isfinite() and loss != bare
+
+
+@shows("images")
+def test_the_base_model_alone_can_be_compressed(host):
+    model, make_inputs = host
+    if model.base_model is model:
+        return
+    inputs = make_inputs(**MIXED)
+    with vtc.compress(model, "divprune", keep=0.4):
+        expected = forward(model.base_model, inputs)[0]
+    with vtc.compress(model.base_model, "divprune", keep=0.4):
+        torch.testing.assert_close(forward(model.base_model, inputs)[0], expected, atol=1e-5, rtol=1e-5)
+
+
 @shows("chats")
 def test_chat_goes_on_from_the_cache(host, tiny):
     """A second turn over the returned cache equals a prompt that held both turns from the start."""

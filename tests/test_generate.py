@@ -291,6 +291,61 @@ def test_cropping_text_works_and_cropping_into_the_image_is_refused(host):
             cache.crop(-10)
 
 
+@torch.no_grad()
+def test_cropping_the_text_behind_the_images_of_a_batch(host):
+    """Rows of one cache lost different numbers of tokens, but none behind the last image of any."""
+    model, make_inputs = host
+    inputs = make_inputs(**MIXED)
+    ids, mask = inputs["input_ids"][:, -2:], inputs["attention_mask"]
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
+        out = model(**inputs)
+        cache = out.past_key_values
+        cache.crop(-2)
+        again = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(again, out.logits[:, -2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "batch, positions", [({"images": (1,), "pads": 2}, "keep"), (MIXED, "keep"), ({"images": (1,)}, "repack")]
+)
+def test_a_bare_model_refuses_a_cache_that_it_would_misread(host, batch, positions):
+    model, make_inputs = host
+    inputs = make_inputs(**batch)
+    handle = vtc.compress(model, "divprune", keep=0.3, positions=positions)
+    turn = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat([turn.sequences, turn.sequences[:, -3:]], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), STEPS + 3, dtype=torch.long)], dim=1)
+    chat = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+    expected = model.generate(**chat, past_key_values=copy.deepcopy(turn.past_key_values))
+    handle.remove()
+    with pytest.raises(RuntimeError, match="go on from it with a compressed model"):
+        model.generate(**chat, past_key_values=copy.deepcopy(turn.past_key_values))
+    with vtc.compress(model, "divprune", keep=0.3, positions=positions):
+        assert torch.equal(model.generate(**chat, past_key_values=turn.past_key_values), expected)
+
+
+def test_a_bare_model_goes_on_from_a_cache_without_padding(host):
+    model, make_inputs = host
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
+        turn = model.generate(**make_inputs((1,)), **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, turn.sequences[:, -3:]], dim=1)
+        chat = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
+        expected = model.generate(**chat, past_key_values=copy.deepcopy(turn.past_key_values))
+    assert torch.equal(model.generate(**chat, past_key_values=turn.past_key_values), expected)
+
+
+@torch.no_grad()
+def test_features_may_be_pickled_and_copied(host):
+    model, make_inputs = host
+    pictures = {k: v for k, v in make_inputs((1,)).items() if "ids" not in k and "mask" not in k}
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
+        features = model.get_image_features(**pictures)
+    for again in (pickle.loads(pickle.dumps(features)), copy.deepcopy(features)):
+        assert type(again) is type(features)
+        for one, other in zip(again.pooler_output, features.pooler_output, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+
 def test_a_users_static_cache_has_its_size_again_after_reset(host):
     from transformers import StaticCache
 

@@ -111,6 +111,17 @@ def test_rows_are_whole_and_made_once(tmp_path, capsys, monkeypatch):
     overhead.main([*arguments, "--table"])
     table = capsys.readouterr().out
     assert table.count("| tome |") == 2 and "| 16 of 64 |" in table
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- overhead:begin -->\nold\n<!-- overhead:end -->\nbehind\n")
+    overhead.main([*arguments, "--readme", str(readme)])
+    part = f"<!-- overhead:begin -->\n{overhead.tables(rows)}\n<!-- overhead:end -->"
+    assert readme.read_text() == f"before\n{part}\nbehind\n"
+
+
+def test_the_readme_shows_the_rows():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = readme.split("<!-- overhead:begin -->\n")[1].split("\n<!-- overhead:end -->")[0]
+    assert part == overhead.tables(read_rows(ROOT / "eval/results/overhead.jsonl")[0])
 
 
 def test_peak_is_what_tensors_take_beyond_the_start():

@@ -203,6 +203,23 @@ def test_tiles_need_their_processor(load):
         vtc.draw([picture()] * 2, records, processor=processor)
 
 
+@pytest.mark.parametrize("size", [(150, 100), (90, 150), (100, 100)])
+def test_tiles_lie_where_their_processor_cuts_them(load, size):
+    """A tile's tokens are as large as the processor makes them, and none lies outside of what it cuts."""
+    _, model, processor = load("llava_next")
+    image = picture().resize(size)
+    (record,) = ask(model, processor, image, QUESTION, "uniform", 0.5, max_new_tokens=1).records
+    seen = views(processor, size)
+    side = record.tiles[0].grid[0]
+    assert len(record.tiles) == len(seen) > 2
+    for tile, (left, top, right, bottom) in zip(record.tiles[1:], seen[1:]):
+        box, rows, cols = tile.box, *tile.grid
+        width, height = (right - left) / side, (bottom - top) / side  # of a token
+        assert np.allclose([(box[2] - box[0]) / cols, (box[3] - box[1]) / rows], [width, height], rtol=0.03)
+        assert all(np.greater(box[:2], [left - 0.03, top - 0.03]))
+        assert all(np.less(box[2:], [right + 0.03, bottom + 0.03]))
+
+
 def test_views_know_crops_padding_and_pictures_of_parts():
     from transformers import CLIPImageProcessor, Gemma3ImageProcessor, JanusImageProcessor
 

@@ -12,11 +12,9 @@ from .allocate import ALLOCATIONS
 from .hosts import Vision, features_owner, open_host
 from .method import Method, get_method
 from .record import Record
-from .stages.features import FeaturesStage
-from .stages.memory import MemoryStage
 from .tokens import check_keep
 
-_STAGES = {"features": FeaturesStage}
+_STAGES = ("features",)
 _HANDLE = "_vtc_handle"
 
 Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
@@ -194,7 +192,10 @@ def _stage(
         )
     if positions is None:
         positions = "keep" if vision.mrope else method.positions
-    made = MemoryStage if vision.host.memory and stage == "features" else _STAGES[stage]
+    from .stages.features import FeaturesStage  # brings dynamo along, which takes a second to import
+    from .stages.memory import MemoryStage
+
+    made = MemoryStage if vision.host.memory else FeaturesStage
     return made(vision, method, keep, positions, allocate)
 
 

@@ -96,8 +96,9 @@ def missing(encoder: Encoder, need: Need) -> str | None:
 
 
 def working(encoder: Encoder) -> list[str]:
-    """The methods whose needs, at their default options, this encoder can serve."""
+    """The methods that this encoder can serve at their default options."""
     methods = (get_method(name) for name in list_methods())
+    methods = (method for method in methods if encoder.resizable or not method.lowers_resolution)
     return [m.name for m in methods if not any(missing(encoder, need) for need in m.needs)]
 
 

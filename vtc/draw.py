@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from .images import open_image
-from .record import Record, Tile
-from .views import WHOLE, Box, place
+from .record import WHOLE, Box, Record, Tile
+from .views import place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,13 +44,19 @@ def draw(
                grid, as CLIP's processor does
     caption    False for none, a text of your own, or True for method, budget and counts
     long_side  size in pixels, rounded so that every token covers the same whole number of pixels
-    Raises ValueError where the model has not run, the numbers of images differ, or a video has no frames.
+    Raises ValueError where the model has not run, the numbers of images differ, a video has no frames, or
+    tokens are queries of a resampler.
     """
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [_opened(image) for image in images]
     records = [handle] if isinstance(handle, Record) else getattr(handle, "last", handle)
     if not records:
         raise ValueError("there is nothing to draw yet: run the compressed model on the image once first")
+    if any(record.latent for record in records):
+        raise ValueError(
+            "this model's tokens are queries of a resampler, which belong to no place in the picture, so that "
+            "nothing can be drawn: handle.last tells which of them stayed"
+        )
     records = place(images, records, processor)
     pairs = zip(images, records, strict=True)
     pictures = [_picture(image, record, processor is None, long_side) for image, record in pairs]

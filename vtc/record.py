@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom as fractions of the picture
+
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
 
 @dataclass
 class Tile:
@@ -13,14 +17,16 @@ class Tile:
 
     slots      (n,) where its tokens lie in the image's own token order, raster order within the tile
     grid       (rows, cols), rows * cols == n
-    box        (left, top, right, bottom) of the picture it shows, as fractions of the image
+    box        the part of the picture it shows; what is padding there lies outside of the picture
     thumbnail  True for the whole-image view of a tiled image
+    latent     True where its tokens are queries of a resampler: none belongs to a place in the box
     """
 
     slots: Tensor
     grid: tuple[int, int]
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    box: Box = WHOLE
     thumbnail: bool = False
+    latent: bool = False
 
 
 @dataclass
@@ -39,3 +45,8 @@ class Record:
     grid: tuple[int, int]
     tiles: list[Tile] = field(default_factory=list)
     entering: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def latent(self) -> bool:
+        """True where its tokens belong to no places in the picture, so that none can be drawn."""
+        return any(tile.latent for tile in self.tiles)

@@ -9,11 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .record import Record, Tile
+from .record import WHOLE, Box, Record, Tile
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom as fractions of the picture
-
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 NEAR = 0.05  # of a view's side: a view that begins so close to a multiple of its size begins there
 
 

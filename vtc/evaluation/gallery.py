@@ -46,7 +46,10 @@ class Exhibit:
 def gallery(
     model: nn.Module, processor, task: Task, runs: Iterable[tuple[str, dict, float | int]], n: int
 ) -> list[Exhibit]:
-    """Asks n items of different kinds once per run of (method, options, keep) and draws what was kept."""
+    """Asks n items of different kinds once per run of (method, options, keep) and draws what was kept.
+
+    [] where tokens are queries of a resampler, which cannot be drawn.
+    """
     items = _varied(task, n)
     if not items:
         return []
@@ -61,6 +64,8 @@ def gallery(
 
     with recording(model) as handle:
         given = answers()
+        if any(record.latent for record in handle.last):
+            return []
         full = place_records(images, handle.last, processor)
     exhibits = [
         Exhibit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -47,14 +48,19 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
 
 
 def update_readme(path: str | Path, found: list[Board]) -> list[str]:
+    """Fills the parts results, methods and hosts of a Markdown file, as fill_parts() does."""
+    blocks = {"results": lambda: results_block(found), "methods": methods_table, "hosts": hosts_table}
+    return fill_parts(path, blocks)
+
+
+def fill_parts(path: str | Path, blocks: dict[str, Callable[[], str]]) -> list[str]:
     """Fills the parts of a Markdown file that are marked `<!-- NAME:begin -->` to `<!-- NAME:end -->`.
 
-    NAME is results, methods or hosts; returns those that were found. Raises ValueError if there is none or
-    one has no end.
+    blocks  by NAME what makes the text of a part
+    Returns the names that were found. Raises ValueError if there is none or one has no end.
     """
     text = Path(path).read_text(encoding="utf-8")
     filled = []
-    blocks = {"results": lambda: results_block(found), "methods": methods_table, "hosts": hosts_table}
     for name, make in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, found_begin, rest = text.partition(begin)
@@ -66,8 +72,9 @@ def update_readme(path: str | Path, found: list[Board]) -> list[str]:
         text = f"{head}{begin}\n{make()}\n{end}{tail}"
         filled.append(name)
     if not filled:
+        name = next(iter(blocks))
         raise ValueError(
-            f"{path} has no part to fill: mark one by <!-- results:begin --> .. <!-- results:end -->"
+            f"{path} has no part to fill: mark one by <!-- {name}:begin --> .. <!-- {name}:end -->"
         )
     Path(path).write_text(text, encoding="utf-8")
     return filled

@@ -62,9 +62,9 @@ def open_host(model: nn.Module) -> Vision:
         projector = base.get_submodule(host.projector) if host.projector else None
     except AttributeError as error:
         raise ValueError(f"{type(model).__name__} is not built as {host.name} models are: {error}") from error
-    encoder = Encoder.of(tower, host.cls_last, host.latent)
+    encoder = Encoder.of(tower, host)
     same = video_tower is tower
-    video_encoder = encoder if same else Encoder.of(video_tower, host.cls_last, host.latent)
+    video_encoder = encoder if same else Encoder.of(video_tower, host)
     decoder = _layers_owner(base.get_decoder())
     return Vision(host, model, base, encoder, video_encoder, projector, decoder, reader)
 

@@ -19,5 +19,5 @@ def latents_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor
     layouts = []
     for item, pixels in zip(items, arguments["pixel_values"], strict=True):
         slots = torch.arange(len(item), device=item.device)
-        layouts.append(Layout([Tile(slots, (1, len(item)))], None, pixels))
+        layouts.append(Layout([Tile(slots, (1, len(item)), latent=True)], None, pixels))
     return layouts

@@ -6,13 +6,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..record import Tile
+from ..record import WHOLE, Box, Tile
 from .host import Layout
 from .raster import patches_behind
 
@@ -21,6 +22,39 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")  # where reading numbers back costs no synchronisation
 _UNLIMITED = {"vision_aspect_ratio": "anyres_max_1000000"}  # no image has more tiles: none is interpolated
+
+
+@dataclass
+class _Canvas:
+    """What an image is laid on, in the middle and as large as it fits, before it is cut into tiles.
+
+    grid  (rows, cols) of tiles
+    size  (height, width) of the image, in pixels of its own
+    """
+
+    grid: tuple[int, int]
+    size: tuple[int, int]
+
+    def box(self, numbers: Tensor, side: int) -> Box:
+        """The part of the image that a rectangle of tokens shows, numbered tile by tile, `side` on a tile's
+        side. Un-padding cuts whole tokens only: those at an edge may show padding, outside of the image."""
+        corners = [self._place(int(number), side) for number in (numbers[0], numbers[-1])]
+        canvas = [count * side for count in self.grid]
+        scale = min(tokens / pixels for tokens, pixels in zip(canvas, self.size))
+        ends = []
+        for axis, (tokens, pixels) in enumerate(zip(canvas, self.size)):
+            length = pixels * scale  # of the image, in tokens
+            start = (tokens - length) / 2
+            first, last = (corner[axis] for corner in corners)
+            ends.append(((first - start) / length, (last + 1 - start) / length))
+        (top, bottom), (left, right) = ends
+        return left, top, right, bottom
+
+    def _place(self, number: int, side: int) -> tuple[int, int]:
+        """Row and column of a token in the canvas."""
+        tile, token = divmod(number, side**2)
+        row, col = divmod(tile, self.grid[1])
+        return row * side + token // side, col * side + token % side
 
 
 def llava_next_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor]) -> list[Layout]:
@@ -32,9 +66,10 @@ def llava_next_layout(vision: Vision, arguments: dict[str, Any], items: list[Ten
     side = _side(vision)
     patches = patches_behind((side, side), (int(side * rate), int(side * rate)), _CPU)
     tiles = _count_tiles(vision, arguments)
+    packed = _pack(vision, arguments, tiles, len(patches))
     layouts = [
         _layout(*image, patches, side**2)
-        for image in zip(_pack(vision, arguments, tiles, len(patches)), tiles, _pixels(arguments, tiles))
+        for image in zip(packed, tiles, _pixels(arguments, tiles), _canvases(vision, arguments))
     ]
     return _count_on(layouts, items, tiles, side**2)
 
@@ -47,12 +82,12 @@ def llava_onevision_layout(vision: Vision, arguments: dict[str, Any], items: lis
     tiles = _count_tiles(vision, arguments)
     packed = _pack(vision, arguments, tiles, side**2)
     unlimited = _pack(vision, arguments, tiles, side**2, **_UNLIMITED)
-    layouts = []
-    for numbers, whole, count, pixels in zip(packed, unlimited, tiles, _pixels(arguments, tiles)):
+    layouts, pictures = [], zip(tiles, _pixels(arguments, tiles), _canvases(vision, arguments))
+    for numbers, whole, (count, pixels, canvas) in zip(packed, unlimited, pictures):
         if len(numbers) == len(whole):
-            layouts.append(_layout(numbers, count, pixels, patches, side**2))
+            layouts.append(_layout(numbers, count, pixels, canvas, patches, side**2))
         else:
-            layouts.append(_blend(numbers, whole, pixels, side))
+            layouts.append(_blend(numbers, whole, pixels, canvas, side))
     return _count_on(layouts, items, tiles, side**2)
 
 
@@ -74,6 +109,14 @@ def _count_tiles(vision: Vision, arguments: dict[str, Any]) -> list[int]:
         image_size_to_num_patches(image, config.image_grid_pinpoints, size) if tiled else 1
         for image, tiled in zip(sizes, alone, strict=True)
     ]
+
+
+def _canvases(vision: Vision, arguments: dict[str, Any]) -> list[_Canvas]:
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    pinpoints, side = vision.base.config.image_grid_pinpoints, vision.base.config.vision_config.image_size
+    sizes = [tuple(int(pixels) for pixels in size) for size in arguments["image_sizes"]]
+    return [_Canvas(get_anyres_image_grid_shape(size, pinpoints, side), size) for size in sizes]
 
 
 def _pixels(arguments: dict[str, Any], tiles: list[int]) -> Sequence[Tensor]:
@@ -111,7 +154,9 @@ def _count_on(layouts: list[Layout], items: list[Tensor], tiles: list[int], area
     return [layout.to(item.device) for layout, item in zip(layouts, items)]
 
 
-def _layout(numbers: Tensor, tiles: int, pixels: Tensor, patches: Tensor, area: int) -> Layout:
+def _layout(
+    numbers: Tensor, tiles: int, pixels: Tensor, canvas: _Canvas, patches: Tensor, area: int
+) -> Layout:
     """numbers (n_slots,) of the tokens of an image; patches (n, m) behind each token of a tile of `area`."""
     n = len(patches)
     owner = torch.where(numbers < 0, -1, numbers // n)
@@ -121,21 +166,23 @@ def _layout(numbers: Tensor, tiles: int, pixels: Tensor, patches: Tensor, area: 
         tokens = numbers[slots] - number * n  # ascending: raster order
         if len(slots):
             rows = len((tokens // math.isqrt(n)).unique())
-            found.append((Tile(slots, (rows, len(slots) // rows)), patches[tokens] + number * area))
+            box = canvas.box(numbers[slots] - n, math.isqrt(n)) if number else WHOLE
+            tile = Tile(slots, (rows, len(slots) // rows), box)
+            found.append((tile, patches[tokens] + number * area))
     layout = Layout([tile for tile, _ in found], [behind for _, behind in found], pixels, len(numbers))
     layout.tiles[0].thumbnail = len(layout.tiles) > 1
-    _set_boxes(layout, numbers)
     return layout
 
 
-def _blend(numbers: Tensor, whole: Tensor, pixels: Tensor, side: int) -> Layout:
+def _blend(numbers: Tensor, whole: Tensor, pixels: Tensor, canvas: _Canvas, side: int) -> Layout:
     """An interpolated image: `numbers` of its tokens, `whole` of the patches they were made of."""
     n = side**2
     (rows, cols), (old_rows, old_cols) = _shape(numbers[n:]), _shape(whole[n:])
     behind = patches_behind((old_rows, old_cols), (rows, cols), _CPU)
     patches = whole[n:].view(old_rows, old_cols + 1)[:, :-1].flatten()[behind]
     slots = torch.arange(n, len(numbers)).view(rows, cols + 1)[:, :-1].flatten()
-    tiles = [Tile(torch.arange(n), (side, side), thumbnail=True), Tile(slots, (rows, cols))]
+    box = canvas.box(whole[whole >= n] - n, side)
+    tiles = [Tile(torch.arange(n), (side, side), thumbnail=True), Tile(slots, (rows, cols), box)]
     thumbnail = torch.arange(n)[:, None].expand(n, patches.shape[1])  # tiles may become one row
     return Layout(tiles, [thumbnail, patches], pixels, len(numbers))
 
@@ -144,16 +191,3 @@ def _shape(numbers: Tensor) -> tuple[int, int]:
     """Rows and columns of tokens between newlines."""
     cols = int((numbers < 0).nonzero()[0, 0])
     return len(numbers) // (cols + 1), cols
-
-
-def _set_boxes(layout: Layout, numbers: Tensor) -> None:
-    """The part of the picture each tile shows, read off its place between the newline tokens."""
-    crops = layout.tiles[1:]
-    if not crops:
-        return
-    first = int(crops[0].slots[0])  # the tokens of the tile grid follow the thumbnail's
-    height, width = _shape(numbers[first:])
-    for tile in crops:
-        row, col = divmod(int(tile.slots[0]) - first, width + 1)
-        rows, cols = tile.grid
-        tile.box = (col / width, row / height, (col + cols) / width, (row + rows) / height)

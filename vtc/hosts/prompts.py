@@ -30,7 +30,7 @@ def prompts_layout(vision: Vision, arguments: dict[str, Any], items: list[Tensor
     device = items[0].device
     if vision.host.latent:
         slots = torch.arange(n, device=device)
-        return [Layout([Tile(slots, (1, n))], None, picture) for picture in cropped]
+        return [Layout([Tile(slots, (1, n), latent=True)], None, picture) for picture in cropped]
     grid = patch_grid(vision.encoder.tower, pixels)
     area = grid[0] * grid[1]
     ratio = math.isqrt(area // n)

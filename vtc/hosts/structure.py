@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .host import Host
+
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
+RESIZABLE_TOWERS = ("clip_vision_model", "siglip_vision_model")  # interpolate their position embeddings
 
 
 @dataclass
@@ -14,7 +17,8 @@ class Encoder:
     """A vision encoder: its blocks in order, and how many CLS / register tokens stand beside the patches.
 
     blocks is empty where none are recognised, as in a convolutional encoder. latent is True where the tokens
-    are made by a resampler behind the encoder, so that nothing in its blocks is about one token.
+    are made by a resampler behind the encoder, so that nothing in its blocks is about one token. resizable is
+    True where it takes smaller pictures, and the projector behind it works token by token.
     """
 
     tower: nn.Module
@@ -22,14 +26,17 @@ class Encoder:
     prefix: int = 0
     suffix: int = 0
     latent: bool = False
+    resizable: bool = False
 
     @classmethod
-    def of(cls, tower: nn.Module, cls_last: bool = False, latent: bool = False) -> Encoder:
+    def of(cls, tower: nn.Module, host: Host) -> Encoder:
         extra = extra_tokens(tower)
-        prefix, suffix = (0, extra) if cls_last else (extra, 0)
+        prefix, suffix = (0, extra) if host.cls_last else (extra, 0)
         # MiniCPM-V merges patches behind one of its blocks; those that follow see what tokens are made of
-        merged = getattr(getattr(tower, "config", None), "insert_layer_id", -1)
-        return cls(tower, find_blocks(tower)[merged + 1 :], prefix, suffix, latent)
+        config = getattr(tower, "config", None)
+        blocks = find_blocks(tower)[getattr(config, "insert_layer_id", -1) + 1 :]
+        resizable = host.resizable and getattr(config, "model_type", None) in RESIZABLE_TOWERS
+        return cls(tower, blocks, prefix, suffix, host.latent, resizable)
 
     @property
     def has_cls(self) -> bool:

@@ -105,7 +105,7 @@ def views_queries_layout(vision: Vision, arguments: dict[str, Any], items: list[
     layouts = []
     for image, (count, item) in enumerate(zip(views.counts, items, strict=True)):
         every = torch.arange(count * part + whole, device=item.device)
-        tiles = [Tile(slots, (1, len(slots))) for slots in every.split([part] * count + [whole])]
+        tiles = [Tile(slots, (1, len(slots)), latent=True) for slots in every.split([part] * count + [whole])]
         tiles[-1].thumbnail = count > 0
         layouts.append(Layout(tiles, None, views.whole[image], len(every) + 1))
     return layouts

@@ -36,6 +36,8 @@ class BlockMasks:
         else:
             owners = (type(model), type(model.base_model), type(vision.base))
             build = next((b for o in owners if (b := getattr(o, "create_masks_for_generate", None))), None)
+            if build is None and model is model.base_model:  # compressed without its head, which knows
+                build = _of_family(type(model))
         names = inspect.signature(build).parameters if build else ()
         if "is_first_iteration" in names:
             build = functools.partial(build, is_first_iteration=True)
@@ -75,6 +77,13 @@ class BlockMasks:
             **types,
         )
         return {**kwargs, "attention_mask": masks}
+
+
+def _of_family(base: type[nn.Module]) -> Callable[..., Any] | None:
+    """What the class with a language head, in the same file as its base model, builds masks with."""
+    classes = [c for c in vars(sys.modules[base.__module__]).values() if isinstance(c, type)]
+    found = [vars(c).get("create_masks_for_generate") for c in classes if c.__module__ == base.__module__]
+    return next((build.__func__ for build in found if build is not None), None)
 
 
 def _blocks_everywhere(base: nn.Module) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STATE = "_vtc_state"
+_STATE, _LAST = "_vtc_state", "_vtc_last"
 
 
 @dataclass
@@ -22,6 +22,10 @@ class CacheState:
     shrunk   how many positions a static cache gave up
     shift    (B,) by how much positions were moved down; None: tokens keep their positions
     types    kinds of the tokens by name, (B, length) each, for hosts whose masks depend on them; else None
+    fixed    how many positions cannot be cropped: behind them no row lost a token, so there positions and
+             those of the conversation go in step
+    padded   whether some of the removed positions were padding
+    fitted   True while a forward runs whose masks and positions were made for this cache
     """
 
     removed: int
@@ -30,6 +34,22 @@ class CacheState:
     shrunk: int = 0
     shift: Tensor | None = None
     types: dict[str, Tensor] | None = None
+    fixed: int = 0
+    padded: bool = False
+    fitted: bool = False
+
+    @property
+    def needs_fitting(self) -> bool:
+        """Whether masks and positions for the whole conversation are wrong for this cache."""
+        return self.padded or self.mask is not None or self.shift is not None
+
+    def cut(self, length: int) -> CacheState:
+        """What it says of the first `length` positions."""
+        if length >= self.length:
+            return self
+        mask = None if self.mask is None else self.mask[:, :length]
+        types = self.types and {name: kinds[:, :length] for name, kinds in self.types.items()}
+        return replace(self, length=length, mask=mask, types=types)
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -39,6 +59,12 @@ def state_of(cache: Any) -> CacheState | None:
 def physical_length(cache: Any) -> int:
     """How many positions the cache really holds."""
     return 0 if cache is None else int(cache.get_query_offset())
+
+
+def mark_fitted(cache: Any, fitted: bool) -> None:
+    """Notes that a forward begins whose masks and positions fit this cache, or that it has ended."""
+    if (state := state_of(cache)) is not None:
+        state.fitted = fitted
 
 
 def attach(cache: Any, state: CacheState) -> None:
@@ -67,13 +93,26 @@ def _shortened(cls: type) -> type:
         def get_query_offset(self, layer_idx: int = 0) -> int:
             return super().get_seq_length(layer_idx)
 
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            state = getattr(self, _STATE)
+            if state.needs_fitting and not state.fitted:
+                raise RuntimeError(
+                    "this cache holds a prompt whose images were compressed, and a model that is not "
+                    "compressed mistakes its padding or positions: go on from it with a compressed model, or "
+                    "start again from the prompt"
+                )
+            return super().update(*args, **kwargs)
+
         def crop(self, tokens_to_remove: int) -> None:
-            if physical_length(self) + tokens_to_remove < getattr(self, _STATE).length:
+            state, length = getattr(self, _STATE), physical_length(self) + tokens_to_remove
+            if length < state.fixed:
                 raise ValueError(
                     f"cannot crop {-tokens_to_remove} tokens: that reaches into the prompt whose image was "
                     "compressed; start again from the prompt, or from a copy of the cache made before it"
                 )
             super().crop(tokens_to_remove)
+            setattr(self, _STATE, state.cut(length))
+            vars(self).pop(_LAST, None)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -103,6 +142,7 @@ def _shortened(cls: type) -> type:
 
 def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
     """What is known of the rows goes with them."""
+    vars(cache).pop(_LAST, None)
     state = getattr(cache, _STATE)
     moved = {name: move(value) for name in ("mask", "shift") if (value := getattr(state, name)) is not None}
     if state.types is not None:
@@ -115,6 +155,17 @@ def _rebuild(cls: type, attributes: dict[str, Any]) -> Any:
     cache = object.__new__(_shortened(cls))
     vars(cache).update(attributes)
     return cache
+
+
+def remember(cache: Any, hidden: Tensor) -> None:
+    """Keeps the last state of a piece of prompt (B, L, D), for a next one that begins with dropped tokens."""
+    if cache is not None and hidden.shape[1] > 1:
+        setattr(cache, _LAST, hidden[:, -1:].detach())
+
+
+def remembered(cache: Any) -> Tensor | None:
+    """(B, 1, D)"""
+    return getattr(cache, _LAST, None)
 
 
 def shrink_static(cache: Any, by: int) -> int:
@@ -144,6 +195,11 @@ def declare_shorter(cache: Any, by: int) -> None:
             layer.prefill_length = declared - by
 
 
+def kept_at_the_end(keep: Tensor) -> int:
+    """How many of the last positions all rows keep, by keep (B, L)."""
+    return int(keep.all(dim=0).flip(0).long().cumprod(0).sum())
+
+
 def physical_mask(cache: Any, state: CacheState, tail: Tensor | None, new: int) -> Tensor | None:
     """The 2-D mask over the cache and `new` more tokens: (B, physical + new), or None without padding.
 
@@ -153,7 +209,7 @@ def physical_mask(cache: Any, state: CacheState, tail: Tensor | None, new: int) 
     if state.mask is None and tail is None:
         return None
     total = physical_length(cache) + new
-    rest = max(total - state.length, 0)
+    rest = total - state.length
     like = tail if state.mask is None else state.mask
     head = (
         torch.ones(len(like), state.length, dtype=torch.bool, device=like.device)
@@ -164,4 +220,4 @@ def physical_mask(cache: Any, state: CacheState, tail: Tensor | None, new: int) 
         end = torch.ones(len(like), rest, dtype=torch.bool, device=like.device)
     else:
         end = tail[:, tail.shape[1] - rest :].bool()
-    return torch.cat([head, end], dim=1)[:, :total]  # shorter than the head after a crop
+    return torch.cat([head, end], dim=1)

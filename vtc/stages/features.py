@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..allocate import ALLOCATIONS
 from ..capture import Capture, Recording
-from ..hosts import Vision
+from ..hosts import Vision, features_owner
 from ..hosts.host import Layout, LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
@@ -29,6 +29,7 @@ from .resolution import LowResolution
 from .shorten import Shortening
 
 _STAGE = "_vtc_features"
+_PREPARE = "prepare_inputs_for_generation"
 
 
 class FeaturesStage:
@@ -73,6 +74,7 @@ class FeaturesStage:
             source.was_wrapped = name in vars(base)
             source.marking = _marking(name, source.original)
             setattr(base, name, MethodType(source.marking, base))
+        self._wrap_generate()
         for capture in self._captures():
             capture.install()
         self.shortening.install()
@@ -90,6 +92,9 @@ class FeaturesStage:
                 delattr(base, name)
                 if source.was_wrapped:
                     setattr(base, name, MethodType(source.original, base))
+        model = self.vision.model
+        if self._noting and getattr(vars(model).get(_PREPARE), "__func__", None) is self._noting:
+            delattr(model, _PREPARE)
         for capture in self._captures():
             capture.remove()
         self.shortening.remove()
@@ -98,6 +103,13 @@ class FeaturesStage:
                 part.remove()
         if self.resolution:
             self.resolution.remove()
+
+    def _wrap_generate(self) -> None:
+        """Lets the shortening see the caller's mask where generate() makes a larger one of it."""
+        model, self._noting = self.vision.model, None
+        if hasattr(model, _PREPARE) and _PREPARE not in vars(model):
+            self._noting = _noting(getattr(model, _PREPARE).__func__)
+            setattr(model, _PREPARE, MethodType(self._noting, model))
 
     def _captures(self) -> list[Capture]:
         return list({id(source.capture): source.capture for source in self.sources.values()}.values())
@@ -277,6 +289,19 @@ def _marking(name: str, original: Any) -> Any:
         return stage.features(name, base, *args, **kwargs) if stage else original(base, *args, **kwargs)
 
     return get_features
+
+
+def _noting(original: Any) -> Any:
+    """The model's own prepare_inputs_for_generation; the shortening of the model is told the mask."""
+
+    @functools.wraps(original)
+    def prepare_inputs_for_generation(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = original(model, *args, **kwargs)
+        if stage := getattr(features_owner(model), _STAGE, None):
+            stage.shortening.note_mask(kwargs.get("attention_mask"), inputs)
+        return inputs
+
+    return prepare_inputs_for_generation
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ..threads import ByThread
 from ..tokens import gather
 from .features import FeaturesStage, rows_of
 from .fields import items
-from .shorten import Plan
+from .plan import Plan
 
 _KEPT = "_vtc_memory"  # on a cache: the plan its memory was shortened by
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..tokens import gather
 from .cache import CacheState, physical_mask, state_of
-from .shorten import Plan
+from .plan import Plan
 
 
 class Reader:

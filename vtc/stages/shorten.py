@@ -10,7 +10,6 @@ steps of a conversation are told about the shorter cache by the cache itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,48 +24,31 @@ from .cache import (
     CacheState,
     attach,
     declare_shorter,
+    kept_at_the_end,
+    mark_fitted,
     physical_length,
     physical_mask,
+    remember,
+    remembered,
     shrink_static,
     state_of,
 )
+from .plan import (
+    PER_TOKEN,
+    VISUAL,
+    Plan,
+    joined,
+    marked_tokens,
+    mask2d,
+    routed,
+    shorten_others,
+    take,
+    valid_tokens,
+)
 
 _HANDLED = {"inputs_embeds", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-# What some families give their decoder besides, one entry for each token of the prompt: (B, L, ...).
-_PER_TOKEN = {"per_layer_inputs", "ple_input_ids", "moe_mm_token_type_ids", "mm_token_type_ids"}
-_VISUAL = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
+_UNUSED = {"labels", "shift_labels"}  # some families hand them on to a decoder that makes no loss
 _TAG = "_vtc_dropped"  # on the class of what get_image_features returned: whether it holds marked rows
-
-
-@dataclass
-class Plan:
-    """Which of L positions go on, for each of B rows of different lengths.
-
-    index   (B, K) position that each of the K remaining places takes
-    real    (B, K) False where a place is padding
-    source  (B, L) place whose output each position reads: its own, or the last one before it
-    """
-
-    index: Tensor
-    real: Tensor
-    source: Tensor
-
-    @classmethod
-    def of(cls, keep: Tensor, pad_left: bool) -> Plan:
-        """keep (B, L): the tokens that stay. Rows are padded again to the longest, on the side they were."""
-        counts = keep.sum(dim=1)  # (B,)
-        k = max(int(counts.max()), 1)  # a chunk of dropped tokens only goes on as one place of padding
-        order = (~keep).long().argsort(dim=1, stable=True)  # (B, L) kept ones first, in order
-        place = torch.arange(k, device=keep.device).expand(len(keep), k)  # (B, K)
-        shift = (k - counts)[:, None] if pad_left else torch.zeros_like(counts)[:, None]  # (B, 1)
-        real = place >= shift if pad_left else place < counts[:, None]
-        index = order.gather(1, (place - shift).clamp_min(0))
-        source = ((keep.long().cumsum(dim=1) - 1).clamp_min(0) + shift).clamp_max(k - 1)
-        return cls(index, real, source)
-
-    @property
-    def k(self) -> int:
-        return self.index.shape[1]
 
 
 @dataclass
@@ -79,7 +61,8 @@ class _Call:
     dropped: bool = False  # and some of their rows are marked, or may be
     reached: bool = False  # the decoder was run
     mask: Tensor | None = None
-    foreign_mask: bool = False  # the caller gave a mask of another form, for the full prompt
+    foreign_mask: bool = False  # the model was given a mask of another form, for the full prompt
+    known_mask: bool = True  # and `mask` is what it was made of
     types: dict[str, Tensor] = field(default_factory=dict)  # (B, any) kinds of tokens, for block masks
     plan: Plan | None = None
     marked: Tensor | None = None  # (B, L) the tokens that the plan drops
@@ -97,6 +80,7 @@ class Shortening:
         ]
         self._masks = BlockMasks.of(vision)
         self._calls: ByThread[_Call] = ByThread()
+        self._noted: ByThread[tuple[Tensor | None]] = ByThread()  # see note_mask()
         self._over: ByThread[bool] = ByThread()  # True where the last forward with images has ended
         self._hooks: list[Any] = []
 
@@ -124,6 +108,13 @@ class Shortening:
             call.seen = True
             call.dropped |= dropped
 
+    def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
+        """generate() makes masks of four dimensions of the caller's mask (B, any) for static caches, in which
+        padding of the past can no longer be read: this is what it makes the next step's of."""
+        x = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if x is not None and x.shape[1] > 1:  # a token that is generated is no padding
+            self._noted.set((mask2d(mask),))
+
     def begins(self) -> bool:
         """Whether features that come now are the first of a new forward."""
         call = self._calls.get()
@@ -146,22 +137,24 @@ class Shortening:
             )
         given = {**dict(zip(self._parameters, args)), **kwargs}
         ready = [output for output in (given.get("mm_encoder_outputs") or {}).values() if output is not None]
-        mask = given.get("attention_mask")
+        mask, noted = given.get("attention_mask"), self._noted.pop()
+        foreign = mask is not None and mask2d(mask) is None
         call = _Call(
             vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
             fresh=not ready,
             seen=bool(ready) and all(hasattr(output, _TAG) for output in ready),
             # embeddings that a caller mixed may hold marked features too
             dropped=given.get("inputs_embeds") is not None or any(getattr(r, _TAG, False) for r in ready),
-            mask=_mask2d(mask),
-            foreign_mask=mask is not None and _mask2d(mask) is None,
+            mask=noted[0] if foreign and noted else mask2d(mask),
+            foreign_mask=foreign,
+            known_mask=not foreign or noted is not None,
             types=self._types(given),
         )
         self._calls.set(call)
 
     def _types(self, given: dict) -> dict[str, Tensor]:
         """DiffusionGemma ignores kinds of tokens in forward, not in the masks that its generate() makes."""
-        if self.host.reader and _mask2d(given.get("attention_mask")) is not None:
+        if self.host.reader and mask2d(given.get("attention_mask")) is not None:
             return {}
         return {name: given[name] for name in self._masks.types if given.get(name) is not None}
 
@@ -188,7 +181,7 @@ class Shortening:
         if x is None:
             return None
         if call is None:
-            if bool(_marked(x, kwargs).any()):
+            if bool(marked_tokens(x, kwargs).any()):
                 raise RuntimeError(
                     f"features that a compressed model marked reached {type(self.decoder).__name__} without "
                     f"passing {type(self.base).__name__}'s hooks: call the model, not its forward()"
@@ -200,10 +193,13 @@ class Shortening:
                 f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
                 "its get_image_features; pass pixel_values, or features encoded after compress()"
             )
-        dropped = _marked(x, kwargs) if call.dropped else None  # (B, L)
+        dropped = marked_tokens(x, kwargs) if call.dropped else None  # (B, L)
         if dropped is None or not bool(dropped.any()):
-            return args, self._continue(call, kwargs)
-        return args, self._shorten(call, kwargs, dropped)
+            kwargs = self._continue(call, kwargs)
+        else:
+            kwargs = self._shorten(call, kwargs, dropped)
+        mark_fitted(kwargs.get("past_key_values"), True)
+        return args, kwargs
 
     def _continue(self, call: _Call, kwargs: dict) -> dict:
         """A step without dropped tokens; mask and positions must fit a cache that was shortened earlier."""
@@ -217,7 +213,7 @@ class Shortening:
             if positions is None:
                 positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
             kwargs = {**kwargs, "position_ids": positions - state.shift.to(positions.device)[:, None]}
-        tail = _mask2d(mask) if call.mask is None else call.mask
+        tail = mask2d(mask) if call.mask is None else call.mask
         types = self._masks.whole(call.types, state, x, physical_length(cache))
         if state.mask is None and tail is None and types is None and not call.foreign_mask:
             return kwargs  # nothing is padding
@@ -231,9 +227,14 @@ class Shortening:
         state, past = state_of(cache) or CacheState(removed=0, length=0, mask=None), physical_length(cache)
         self._refuse_unknown(kwargs, length, past)
         self._refuse_masks(call, cache)
-        tail = _mask2d(mask) if call.mask is None else call.mask
+        tail = mask2d(mask) if call.mask is None else call.mask
         tail = None if tail is None else tail.to(x.device)  # a model may be spread over devices
-        valid = _valid(mask, tail, past, x)  # (B, L)
+        if past and not call.known_mask:
+            raise ValueError(
+                "which tokens of this static cache are padding is not known, because generate() of a wrapper "
+                "was called: use the model's own, or a dynamic cache"
+            )
+        valid = valid_tokens(mask, tail, past, x)  # (B, L)
         keep = valid & ~dropped
         call.marked = dropped
         plan = call.plan = Plan.of(keep, pad_left=bool(valid[:, -1].all()))
@@ -247,7 +248,7 @@ class Shortening:
             raise ValueError(
                 "several prompts packed into one row cannot be compressed: give each its own row, padded"
             )
-        positions, shift = _take(positions.to(x.device), plan.index), state.shift  # (..., B, K)
+        positions, shift = take(positions.to(x.device), plan.index), state.shift  # (..., B, K)
         if self.repack:
             gone = (valid & dropped).long().cumsum(dim=1)  # (B, L) dropped tokens up to each position
             shift = gone[:, -1] if state.shift is None else gone[:, -1] + state.shift.to(x.device)
@@ -255,17 +256,21 @@ class Shortening:
 
         before = None if tail is None else tail[:, : tail.shape[1] - length]
         old = physical_mask(cache, state, before, new=0) if past else None  # (B, past)
-        short_mask = _joined(old, plan.real, past)
+        short_mask = joined(old, plan.real, past)
         types = self._masks.whole(call.types, state, x, past, plan)
         removed = state.removed + length - plan.k
-        call.state = CacheState(removed, past + plan.k, short_mask, shrunk, shift, types)
+        fixed = past + plan.k - kept_at_the_end(keep)
+        padded = state.padded or not bool(valid.all())
+        call.state = CacheState(removed, past + plan.k, short_mask, shrunk, shift, types, fixed, padded)
         if short_mask is None and cache is None:
             # Positions with gaps and no mask would be taken for several packed sequences.
             short_mask = torch.ones_like(plan.real)
+        if past and not bool(plan.real.all()):
+            self._refuse_gaps_in_the_cache(past + plan.k)
         padding = ~plan.real[..., None]  # it may have been a marked row
         short = {
             **kwargs,
-            **_shorten_others(kwargs, plan, keep),
+            **shorten_others(kwargs, plan, keep),
             "inputs_embeds": gather(x, plan.index).masked_fill(padding, 0),  # (B, K, D)
             "position_ids": positions,
             "attention_mask": None if short_mask is None else short_mask.long(),
@@ -277,7 +282,10 @@ class Shortening:
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
         call, cache, x = self._calls.get(), kwargs.get("past_key_values"), kwargs["hidden_states"]
-        if call is None or (call.plan is None and state_of(cache) is None):
+        if call is None:  # run again in a backward: positions with gaps tell
+            if not bool((kwargs["position_ids"].diff(dim=-1) > 1).any()):
+                return None
+        elif call.plan is None and state_of(cache) is None:
             return None
         past = 0 if cache is None else int(cache.get_query_offset(module.layer_idx))
         return args, {**kwargs, "position_ids": torch.arange(x.shape[1], device=x.device)[None] + past}
@@ -293,6 +301,21 @@ class Shortening:
                 "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
             )
 
+    def _refuse_gaps_in_the_cache(self, total: int) -> None:
+        """Rows that keep different numbers of tokens are padded again, here behind tokens of the past: a
+        sliding window would count that padding, a recurrent state run through it."""
+        config = self.decoder.config
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        window = getattr(config, "sliding_window", None)
+        if window is not None and kinds <= {"sliding_attention"}:
+            kinds = {"sliding_attention"} if window < total else set()
+        if kinds:
+            raise ValueError(
+                f"prompts that keep different numbers of tokens cannot share a batch here: {self.host.name} "
+                f"has layers of {', '.join(sorted(kinds))}, which would count the padding between them; run "
+                "the prompt in one piece instead of chunks, or one prompt at a time"
+            )
+
     def _refuse_unknown(self, kwargs: dict, length: int, past: int) -> None:
         gaps = not self.repack
         if past and gaps and "flash" in (self.decoder.config._attn_implementation or ""):
@@ -300,7 +323,7 @@ class Shortening:
                 "flash attention takes positions with gaps behind a cache for several packed prompts: to add "
                 "an image to a chat, compress with positions='repack' or load with attn_implementation='sdpa'"
             )
-        known = _HANDLED | _PER_TOKEN | _VISUAL.keys()
+        known = _HANDLED | _UNUSED | PER_TOKEN | VISUAL.keys()
         for name, value in kwargs.items():
             if name not in known and isinstance(value, Tensor) and length in value.shape:
                 raise ValueError(
@@ -309,22 +332,29 @@ class Shortening:
                 )
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call = self._calls.get()
-        if call is None or call.plan is None:
+        call, cache = self._calls.get(), kwargs.get("past_key_values")
+        mark_fitted(cache, False)
+        if call is None:
             return None
-        cache = kwargs.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None:
-            attach(cache, call.state)
+        if call.plan is None:
+            remember(cache, output[0])
+            return None
         hidden = output[0]  # (B, K, D)
         full = gather(hidden, call.plan.source)  # (B, L, D)
+        before = remembered(cache) if call.state.length > call.plan.k else None
+        if before is not None and len(before) == len(full):
+            full = torch.where(call.plan.headless[..., None], before.to(full.device), full)
+        if cache is not None:
+            attach(cache, call.state)
+            remember(cache, full)
         if self.host.reader and cache is None:  # it is an encoder's output, to be read without dropped tokens
             full = full.masked_fill(call.marked[..., None], float("nan"))
         if isinstance(output, tuple):
             return (full, *output[1:])
         output.last_hidden_state = full
-        if (routed := getattr(output, "router_logits", None)) is not None:  # losses mask them by the prompt
-            output.router_logits = tuple(_routed(logits, call.plan.source) for logits in routed)
+        if (routes := getattr(output, "router_logits", None)) is not None:  # losses mask them by the prompt
+            output.router_logits = tuple(routed(logits, call.plan.source) for logits in routes)
         return output
 
 
@@ -334,83 +364,15 @@ _subclasses: dict[tuple[type, bool], type] = {}
 def _tagged(cls: type, dropped: bool) -> type:
     """A subclass that says so; of features that it cuts into chunks, generate() keeps the class only."""
     if (cls, dropped) not in _subclasses:
-        _subclasses[cls, dropped] = type(cls.__name__, (cls,), {_TAG: dropped})
+
+        def reduce(output: Any) -> tuple:
+            _, args, *rest = cls.__reduce__(output)
+            return _rebuild, (cls, dropped, args), *rest
+
+        _subclasses[cls, dropped] = type(cls.__name__, (cls,), {_TAG: dropped, "__reduce__": reduce})
     return _subclasses[cls, dropped]
 
 
-def _marked(x: Tensor, kwargs: dict) -> Tensor:
-    """Which tokens of x (B, L, D) are dropped ones. Some families put their features not into the prompt but
-    into early layers only: (B, L)."""
-    marked = x[..., 0].isnan()
-    for _, _, image, layers in _visual(kwargs):
-        nan = layers[0][:, 0].isnan().to(image.device)  # (tokens of all images,)
-        marked = marked | image.masked_scatter(image, nan).to(x.device)
-    return marked
-
-
-def _visual(kwargs: dict) -> Iterator[tuple[str, str, Tensor, list[Tensor]]]:
-    """Features for early layers, where there are any: the names of the mask and of the features, which
-    tokens are an image's (B, L), and for each layer (tokens of all images, D)."""
-    for mask_name, name in _VISUAL.items():
-        mask, features = kwargs.get(mask_name), kwargs.get(name)
-        if mask is not None and features is not None:
-            layers = features.values() if isinstance(features, dict) else features
-            yield mask_name, name, mask if mask.dim() == 2 else mask[..., 0], list(layers)
-
-
-def _routed(logits: Tensor, source: Tensor) -> Tensor:
-    """What a router of experts made of the shortened rows, one behind the other: (B * K, E) to (B * L, E)."""
-    return gather(logits.unflatten(0, (len(source), -1)), source.to(logits.device)).flatten(0, 1)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Columns of position ids (..., B or 1, L) at index (B, K): (..., B, K)."""
-    x = x.expand(*x.shape[:-2], len(index), x.shape[-1])
-    return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
-
-
-def _shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:
-    """What else the decoder is given for each token, or for each token of an image."""
-    short = {}
-    for name in _PER_TOKEN & kwargs.keys():
-        if kwargs[name] is not None:  # (B, L, ...)
-            value = kwargs[name].expand(len(keep), *kwargs[name].shape[1:])
-            rows = torch.arange(len(keep), device=value.device)[:, None]
-            short[name] = value[rows, plan.index.to(value.device)]
-    for mask_name, name, image, layers in _visual(kwargs):
-        mask, features = kwargs[mask_name], kwargs[name]
-        stay = keep.to(image.device)[image]  # (tokens of all images,)
-        chosen = _take(image, plan.index.to(image.device)) & plan.real.to(image.device)  # (B, K)
-        short[mask_name] = (
-            chosen if mask.dim() == 2 else chosen[..., None].expand(*chosen.shape, mask.shape[-1])
-        )
-        layers = [layer[stay.to(layer.device)] for layer in layers]
-        short[name] = dict(zip(features, layers)) if isinstance(features, dict) else layers
-    return short
-
-
-def _mask2d(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _joined(old: Tensor | None, real: Tensor, past: int) -> Tensor | None:
-    """The mask over the past (B, past) and the shortened tokens (B, K), None where nothing is padding."""
-    if old is None and bool(real.all()):
-        return None
-    return torch.cat([real.new_ones(len(real), past) if old is None else old, real], dim=1)
-
-
-def _valid(mask: Any, mask2d: Tensor | None, past: int, x: Tensor) -> Tensor:
-    """Which of the tokens x (B, L, D) are not padding, from a mask of any form: (B, L)."""
-    batch, length, _ = x.shape
-    if mask2d is not None:
-        return mask2d[:, -length:].bool()
-    if isinstance(mask, dict):  # those of recurrent layers are two-dimensional
-        mask = min((m for m in mask.values() if m is not None), key=Tensor.dim, default=None)
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    if mask.dim() == 2:
-        return mask[:, -length:].bool().expand(batch, length)
-    # (B, 1, L, kv): a padding token does not attend to itself
-    own = mask[:, 0].diagonal(offset=past, dim1=1, dim2=2)[:, :length]
-    return (own if own.dtype == torch.bool else own >= 0).expand(batch, length)
+def _rebuild(cls: type, dropped: bool, args: tuple) -> Any:
+    """For pickle, which cannot name the subclass."""
+    return _tagged(cls, dropped)(*args)
