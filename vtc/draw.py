@@ -54,8 +54,8 @@ def draw(
         raise ValueError("there is nothing to draw yet: run the compressed model on the image once first")
     if any(record.latent for record in records):
         raise ValueError(
-            "this model's tokens are queries of a resampler, which belong to no place in the picture, so that "
-            "nothing can be drawn: handle.last tells which of them stayed"
+            "this model's tokens are queries of a resampler, which belong to no place in the picture and "
+            "cannot be drawn: handle.last tells which of them stayed"
         )
     records = place(images, records, processor)
     pairs = zip(images, records, strict=True)

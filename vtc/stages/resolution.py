@@ -22,8 +22,7 @@ class LowResolution:
     """
 
     def __init__(self, vision: Vision):
-        towers = ("clip_vision_model", "siglip_vision_model")
-        if not vision.host.resizable or vision.encoder.tower.config.model_type not in towers:
+        if not vision.encoder.resizable:
             raise ValueError(
                 f"{type(vision.encoder.tower).__name__} cannot see smaller pictures: use 'pool' or 'uniform'"
             )
