@@ -33,7 +33,9 @@ def test_methods_lists_the_registry(run):
 
 def test_hosts_lists_the_table(run):
     code, out, _ = run("hosts")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == vtc.list_hosts()
+    table, meanings, refused = out.split("\n\n")
+    assert code == 0 and [line.split()[0] for line in table.splitlines()[1:]] == vtc.list_hosts()
+    assert "batches " in meanings and "blip-2 " in refused
 
 
 def test_ask_shows_both_answers_in_columns(run):

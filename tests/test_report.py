@@ -165,12 +165,12 @@ def test_a_readme_is_filled_between_its_marks(rows, tmp_path):
         assert (
             text.startswith("# Title\n")
             and text.endswith("<!-- hosts:end -->\nThe end.\n")
-            and "old" not in text
+            and "OUTDATED" not in text
         )
         assert text.count("| tome | 77.2 (86) | 71.6 (80) |") == 1
         assert "`vtc demo` at commit 0123456789 on 2025-01-02" in text
         assert all(text.count(f"| `{name}` |") == 1 for name in vtc.list_methods())
-        assert all(f"| {name} |" in text for name in vtc.list_hosts())
+        assert all(f"| {name}" in text for name in vtc.list_hosts())
     for wrong in ("nothing marked", "<!-- results:begin --> no end"):
         readme.write_text(wrong)
         with pytest.raises(ValueError, match="results:begin"):

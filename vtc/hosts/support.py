@@ -20,7 +20,19 @@ COLUMNS = {
     "half precision": "bfloat16",
     "training": "gradients reach the vision tower and are finite",
 }
-_NAMES = {"chunked": "chunked prefill", "static": "static cache", "chats": "chats", "rows": "equal rows"}
+# what a bare model may lack, in words; and the column that is about just that
+_NAMES = {
+    "cache": "a cache of its own in forward()",
+    "chunked": "chunked prefill",
+    "gradients": "gradients in its tower",
+    "half": "casting to bfloat16",
+    "mixed": "images beside videos",
+    "rows": "rows that do not depend on each other",
+    "static": "static caches",
+    "uncached": "generate() without a cache",
+}
+_ABOUT = {"chats": "chats", "gradients": "training", "half": "half precision"}
+_OWN_TESTS = "generate() of text: judged by tests of its own"
 
 
 def families() -> dict[str, dict[str, Any]]:
@@ -34,10 +46,12 @@ def rows() -> list[list[str]]:
     table = [["family", "methods may read", "positions", *COLUMNS, "bare model lacks"]]
     for family, shown in families().items():
         types = [f"({', '.join(shown['model_types'])})"] if shown["model_types"] != [family] else []
-        marks = ["yes" if shown.get(column) else "-" for column in COLUMNS]
+        lacking = {_ABOUT.get(lack) for lack in shown["lacks"]}
+        marks = ["yes" if shown.get(column) and column not in lacking else "-" for column in COLUMNS]
         reads = ", ".join(["features", *shown["reads"]])
         positions = "keep, repack" if shown["repack"] else "keep"
         lacks = ", ".join(_NAMES.get(lack, lack) for lack in shown["lacks"])
+        lacks = lacks if shown["hosts"] else _OWN_TESTS
         table.append([" ".join([family, *types]), reads, positions, *marks, lacks])
     return table
 
