@@ -168,14 +168,15 @@ def measure(
 ) -> Row:
     """The numbers of one row. Spreads are (lower quartile, median, upper quartile) over the rounds.
 
-    `spent` is what the handle says: host time by the wall clock, so on a busy machine an upper bound.
+    `spent` is what the handle says, by the wall clock, and so is the tower's time that it is a share of.
     """
     trio = Trio(model, inputs, method, keep)
-    functions, spent = trio.functions(), []
-    run = functions["compressed"]
+    functions, spent, encoded = trio.functions(), [], []
+    run, encode = functions["compressed"], functions["tower"]
     functions["compressed"] = lambda: (run(), spent.append(trio.handle.spent))
+    functions["tower"] = lambda: encoded.append(wall_seconds(encode, model.device))
     seconds = compare(functions, repeats, clock)
-    spent = spent[1:]  # of the warm-up
+    spent, encoded = spent[1:], encoded[1:]  # without the warm-up's
     bare, tower, oracle, compressed = (seconds[name] for name in functions)
     peaks = {
         "tower_peak_bytes": peak_bytes(trio.tower(trio.bare), model.device),
@@ -195,10 +196,18 @@ def measure(
         "to_oracle": spread(ratios(compressed, oracle)),
         "to_bare": spread(ratios(compressed, bare)),
         "spent_seconds": spread(spent),
-        "spent_to_tower": spread(ratios(spent, tower)),
+        "spent_to_tower": spread(ratios(spent, encoded)),
         **peaks,
         "attention": trio.bare.config._attn_implementation,
     }
+
+
+def wall_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def ratios(these: Sequence[float], those: Sequence[float]) -> list[float]:
@@ -327,14 +336,15 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def source(rows: Sequence[Row]) -> str:
-    """What was measured, by which command, and on what."""
+    """What was measured, by which commands at which commits, and on what."""
     newest = max(rows, key=lambda row: row["date"])
-    made, commit = newest["versions"], newest["versions"]["commit"]
+    made = newest["versions"]
+    commits = {(row["command"], (row["versions"]["commit"] or "no commit")[:10]): None for row in rows}
     return (
         f"{newest['says']}: {newest['prompt_length']} tokens, one picture, random weights, "
         f"{newest['dtype']}, {newest['threads']} threads; medians (and quartiles) of {newest['repeats']} "
         f"rounds, {newest['clock']} clock. `downsample` shows its tower a smaller picture than the oracle's. "
-        f"Made by `{newest['command']}`{f' at commit {commit[:10]}' if commit else ''} on "
+        f"Made by {', '.join(f'`{command}` at {commit}' for command, commit in commits)} on "
         f"{newest['date'][:10]} with vtc {made['vtc']}, torch {made['torch']}, transformers "
         f"{made['transformers']} on {newest['device']}."
     )
