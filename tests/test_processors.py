@@ -10,14 +10,13 @@ from PIL import Image
 from processors import FAMILIES, save
 
 import vtc
-from vtc import cli
+from vtc import cli, views
 from vtc.ask import ask, compare_answers, load_model
 from vtc.evaluation.board import boards
 from vtc.evaluation.prompts import Batches, encode, place
 from vtc.evaluation.sweep import sweep
 from vtc.evaluation.tasks import load_task
 from vtc.method import Select, _registry
-from vtc.views import views
 
 QUESTION = "what colour is the star ?"
 DARK, BRIGHT = (20, 30, 90), (255, 230, 40)
@@ -72,11 +71,14 @@ def test_kept_tokens_are_drawn_where_they_are(name, load, odd):
     answer = ask(model, processor, image, QUESTION, "odd", 0.25, max_new_tokens=1)
     assert len(answer.records) == VIEWS.get(name, 1)
     drawn = vtc.draw(image, answer.records, processor=processor, caption=False, long_side=600)
-    height = round(drawn.height / 8) * 8
-    shown = bright(drawn)[:, : round(1.5 * height)]  # without the thumbnail
+    shown = bright(drawn)[:, :608]  # without the thumbnail
     rows, cols = np.nonzero(shown)
-    scale = drawn.height / image.height
+    boxes = [tile.box for tile in views.place([image], answer.records, processor)[0].tiles]
+    left, top = (min(0, *(box[side] for box in boxes)) for side in (0, 1))  # padding is drawn, too
+    bottom = max(1, *(box[3] for box in boxes))
+    scale = drawn.height / (bottom - top) / image.height
     found = np.array([cols.min(), rows.min(), cols.max(), rows.max()]) / scale
+    found += np.array([left * image.width, top * image.height] * 2)
     assert np.abs(found - SQUARE).max() < 5  # all of it, at its place; tokens are larger
     assert shown[rows.min() : rows.max(), cols.min() : cols.max()].mean() > 0.85  # grid lines are lighter
     assert (np.asarray(drawn)[..., 0] > 150).mean() > 0.5  # and most is faded
@@ -209,7 +211,7 @@ def test_tiles_lie_where_their_processor_cuts_them(load, size):
     _, model, processor = load("llava_next")
     image = picture().resize(size)
     (record,) = ask(model, processor, image, QUESTION, "uniform", 0.5, max_new_tokens=1).records
-    seen = views(processor, size)
+    seen = views.views(processor, size)
     side = record.tiles[0].grid[0]
     assert len(record.tiles) == len(seen) > 2
     for tile, (left, top, right, bottom) in zip(record.tiles[1:], seen[1:]):
@@ -224,9 +226,9 @@ def test_views_know_crops_padding_and_pictures_of_parts():
     from transformers import CLIPImageProcessor, Gemma3ImageProcessor, JanusImageProcessor
 
     cropping = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    assert np.allclose(views(cropping, (200, 100)), [(0.25, 0, 0.75, 1)], atol=0.01)
+    assert np.allclose(views.views(cropping, (200, 100)), [(0.25, 0, 0.75, 1)], atol=0.01)
     padding = JanusImageProcessor(size={"height": 64, "width": 64})
-    assert np.allclose(views(padding, (200, 100)), [(0, -0.5, 1, 1.5)], atol=0.03)
+    assert np.allclose(views.views(padding, (200, 100)), [(0, -0.5, 1, 1.5)], atol=0.03)
     parts = Gemma3ImageProcessor(
         size={"height": 64, "width": 64},
         do_pan_and_scan=True,
@@ -234,7 +236,7 @@ def test_views_know_crops_padding_and_pictures_of_parts():
         pan_and_scan_max_num_crops=2,
         pan_and_scan_min_ratio_to_activate=1.2,
     )
-    assert views(parts, (200, 100)) == [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert views.views(parts, (200, 100)) == [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1)]
 
 
 def test_batches_pad_on_the_left(load):
