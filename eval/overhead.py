@@ -342,7 +342,7 @@ def source(rows: Sequence[Row]) -> str:
     commits = {(row["command"], (row["versions"]["commit"] or "no commit")[:10]): None for row in rows}
     return (
         f"{newest['says']}: {newest['prompt_length']} tokens, one picture, random weights, "
-        f"{newest['dtype']}, {newest['threads']} threads; medians (and quartiles) of {newest['repeats']} "
+        f"{newest['dtype']}, threads: {newest['threads']}; medians (and quartiles) of {newest['repeats']} "
         f"rounds, {newest['clock']} clock. `downsample` shows its tower a smaller picture than the oracle's. "
         f"Made by {', '.join(f'`{command}` at {commit}' for command, commit in commits)} on "
         f"{newest['date'][:10]} with vtc {made['vtc']}, torch {made['torch']}, transformers "
