@@ -9,12 +9,16 @@ from pathlib import Path
 import transformers
 
 import vtc
-from vtc.capture import missing
 from vtc.hosts import HOSTS as ENTRIES
-from vtc.hosts import open_host
 
 TABLE = Path(vtc.__file__).parent / "hosts" / "support.json"
 READS = {"keys": "tome", "attention": "hiprune", "CLS": "vtc-cls"}  # what a method that reads it is called
+
+
+def host_of(item) -> str | None:
+    """The tiny host that a test runs on."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return next((value for name, value in parameters.items() if name.endswith("host")), None)
 
 
 class Support:
@@ -22,13 +26,19 @@ class Support:
 
     def __init__(self):
         self.outcomes: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        self.properties: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what tests that passed recorded
 
     def note(self, item, passed: bool) -> None:
-        marker, call = item.get_closest_marker("shows"), getattr(item, "callspec", None)
-        if marker and call:
-            host = call.params.get("host") or call.params["video_host"]
+        from tiny import HOSTS
+
+        marker, host = item.get_closest_marker("shows"), host_of(item)
+        if marker and host:
             for column in marker.args:
+                if column == "tiles" and HOSTS[host].films:  # frames are its tiles
+                    column = "video"
                 self.outcomes[host][column].append(passed)
+            if passed:
+                self.properties[host].update(item.user_properties)
 
     @property
     def complete(self) -> bool:
@@ -38,7 +48,7 @@ class Support:
         return {name for name, tiny in HOSTS.items() if tiny.works} <= self.outcomes.keys()
 
     def table(self) -> dict:
-        from tiny import HOSTS, build
+        from tiny import HOSTS
 
         families: dict[str, dict] = {}
         for entry in ENTRIES:
@@ -49,14 +59,9 @@ class Support:
                 shown = [passed for host in hosts for passed in self.outcomes[host][column]]
                 row[column] = bool(shown) and all(shown)
             row["lacks"] = sorted({lack for host in hosts for lack in HOSTS[host].lacks})
-            visions = [open_host(build(host)[0]) for host in hosts]
-            row["reads"] = [
-                what
-                for what, method in READS.items()
-                if any(not missing(v.encoder, n) for v in visions for n in vtc.get_method(method).needs)
-            ]
-            row["repack"] = not any(vision.mrope for vision in visions)
-            row["tiles"] = entry.tiled
+            known = set().union(*(self.properties[host] for host in hosts))
+            row["reads"] = [what for what, method in READS.items() if ("served", method) in known]
+            row["positions"] = [p for p in ("keep", "repack") if ("positions", p) in known]
             families[entry.name] = row
         return {"transformers": transformers.__version__, "families": families}
 

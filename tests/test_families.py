@@ -10,11 +10,13 @@ import pytest
 import torch
 from decoder_oracle import Watch, shortened_rows
 from footprint import footprint
+from support import host_of
 from tiny import HOSTS, SUPPRESS, build
 from transformers import DynamicCache
 
 import vtc
 from vtc.capture import missing
+from vtc.hosts import HOSTS as ENTRIES
 from vtc.hosts import REFUSED, open_host
 
 KINDS = ("divprune", "tome", "hiprune", "vtc-cls")  # features only; keys; attention of all rows; of CLS
@@ -22,6 +24,8 @@ TOKENS = 4
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "suppress_tokens": SUPPRESS}
 NAMES = [name for name, host in HOSTS.items() if host.works and not host.memory]
 VIDEOS = [name for name in NAMES if HOSTS[name].video]
+_TILED = {entry.name for entry in ENTRIES if entry.tiled}
+TILED = [name for name in NAMES if HOSTS[name].family in _TILED or HOSTS[name].films]
 MIXED = {"images": (2, 1, 0), "pads": 2}
 
 
@@ -35,11 +39,15 @@ def video_host(request):
     return build(request.param)
 
 
+@pytest.fixture(params=TILED, scope="module")
+def tiled_host(request):
+    return build(request.param)
+
+
 @pytest.fixture
 def tiny(request):
     """The entry of the host in use: what its bare model lacks."""
-    parameters = request.node.callspec.params
-    return HOSTS[parameters.get("host") or parameters["video_host"]]
+    return HOSTS[host_of(request.node)]
 
 
 def shows(*columns):
@@ -84,7 +92,7 @@ def test_remove_leaves_nothing(host):
 
 
 @shows("images")
-def test_exact_count(host, tiny):
+def test_exact_count(host, tiny, record_property):
     """So many tokens stay, the cache is so much shorter, whatever the method."""
     model, make_inputs = host
     inputs = make_inputs((2, 1))
@@ -114,6 +122,7 @@ def test_exact_count(host, tiny):
                 held = {key.shape[2] for key in keys if key is not None}
                 window = getattr(open_host(model).decoder.config, "sliding_window", None) or length
                 assert max(held) in (longest, min(longest, window - 1), min(longest, window))
+        record_property("served", method)
 
 
 @shows("images")
@@ -195,7 +204,7 @@ def _nudge(patch, encoder, images):
 @pytest.mark.parametrize("positions", ["keep", "repack"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @shows("batches")
-def test_forward_equals_the_shortened_prompt(host, side, positions):
+def test_forward_equals_the_shortened_prompt(host, side, positions, record_property):
     """The oracle: row by row, what the bare decoder makes of a prompt that was shortened by hand."""
     model, make_inputs = host
     if positions == "repack" and open_host(model).mrope:
@@ -211,6 +220,36 @@ def test_forward_equals_the_shortened_prompt(host, side, positions):
         assert logits.shape[:2] == inputs["input_ids"].shape and not logits.isnan().any()
         for row, expected in enumerate(shortened_rows(model, inputs, given, positions == "repack")):
             torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
+    record_property("positions", positions)
+
+
+@pytest.mark.parametrize("allocate", ["proportional", "whole", "joint"])
+@shows("tiles")
+def test_tiles_share_the_budget(tiled_host, allocate):
+    model, make_inputs = tiled_host
+    inputs = make_inputs((2, 1), pads=1)
+    with Watch(model) as watch, vtc.compress(model, "divprune", keep=0.3, allocate=allocate) as handle:
+        watch.listen()
+        forward(model, inputs)
+        given, hidden = watch.given, watch.hidden
+    assert any(len(record.tiles) > 1 for record in handle.last)
+    for record in handle.last:
+        sizes = [len(tile.slots) for tile in record.tiles]
+        kept = [int(torch.isin(tile.slots, record.index).sum()) for tile in record.tiles]
+        assert sum(kept) == len(record.index) == max(1, int(0.3 * sum(sizes) + 0.5))
+        if allocate == "proportional":
+            assert all(abs(k - 0.3 * size) <= 1 for k, size in zip(kept, sizes))
+        if allocate == "whole":
+            assert sum(0 < k < size for k, size in zip(kept, sizes)) <= 1
+    for row, expected in enumerate(shortened_rows(model, inputs, given, not open_host(model).mrope)):
+        torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
+
+
+def test_every_type_of_transformers_is_served_or_refused():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
+
+    served = {name for entry in ENTRIES for name in entry.model_types}
+    assert not served & REFUSED.keys() and set(TYPES) <= served | REFUSED.keys()
 
 
 @shows("batches")
@@ -264,10 +303,6 @@ def test_generating_with_a_cache_equals_generating_without(host, tiny, cache, po
     inputs = make_inputs((1,)) if cache == "chunked" else make_inputs(**MIXED)
     if cache in tiny.lacks:
         _lacks(model, inputs, cache)
-        return
-    if cache in tiny.refuses:
-        with vtc.compress(model, "divprune", keep=0.3), pytest.raises(ValueError, match="without"):
-            model.generate(**inputs, **GREEDY, **CACHES[cache])
         return
     if "uncached" in tiny.lacks:
         _lacks(model, inputs, "dynamic")
@@ -403,8 +438,6 @@ def test_chat_goes_on_from_the_cache(host, tiny):
 def test_sdpa_and_eager_agree(host, tiny):
     model, make_inputs = host
     inputs = make_inputs((1, 2), pads=1)
-    if "eager" in tiny.lacks:
-        return
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     for method in usable(model):
@@ -469,8 +502,6 @@ def test_losses_of_experts_run(host):
 def test_text_only_calls_pass_through(host, tiny):
     model, make_inputs = host
     inputs = make_inputs((0, 0), pads=1)
-    if "text" in tiny.lacks:
-        return
     expected = model.generate(**inputs, **GREEDY)
     with vtc.compress(model, "divprune", keep=0.3):
         assert torch.equal(model.generate(**inputs, **GREEDY), expected)

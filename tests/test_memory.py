@@ -67,7 +67,7 @@ def test_remove_leaves_nothing(host):
 
 
 @shows("images")
-def test_exact_count(host):
+def test_exact_count(host, record_property):
     """So many tokens stay, the keys of cross-attention are so much fewer, whatever the method."""
     model, make_inputs = host
     inputs = make_inputs(**MIXED)
@@ -85,6 +85,7 @@ def test_exact_count(host):
                 first, second, third = (len(record.index) for record in handle.last)
                 for layer in decoder.cross_attention_layers:
                     assert cache.layers[layer].keys.shape[2] == max(first + second, third)
+        record_property("served", method)
 
 
 @shows("images")
@@ -118,8 +119,9 @@ def test_patches_are_behind_their_tokens(host):
     hook.remove()
 
 
-@shows("batches")
-def test_forward_equals_the_shortened_memory(host):
+@pytest.mark.parametrize("allocate", ["proportional", "whole", "joint"])
+@shows("batches", "tiles")
+def test_forward_equals_the_shortened_memory(host, allocate, record_property):
     """The oracle: row by row, what the bare decoder makes of a memory that was shortened by hand."""
     model, make_inputs = host
     inputs = make_inputs(**MIXED)
@@ -132,8 +134,11 @@ def test_forward_equals_the_shortened_memory(host):
     forward(model, inputs)
     hook.remove()
     for method in ("divprune", "hiprune", "vtc-cls"):  # those that keep tokens as they are
-        with vtc.compress(model, method, keep=0.3) as handle:
+        if allocate == "joint" and vtc.get_method(method).needs_grid:
+            continue
+        with vtc.compress(model, method, keep=0.3, allocate=allocate) as handle:
             logits, records = forward(model, inputs).logits, iter(handle.last)
+            assert any(len(record.tiles) > 1 for record in handle.last)
         for row in range(2):
             columns = [
                 place * most * tile + next(records).index
@@ -154,6 +159,12 @@ def test_forward_equals_the_shortened_memory(host):
                     use_cache=False,
                 ).last_hidden_state
                 torch.testing.assert_close(logits[row, stay], model.lm_head(out)[0], atol=1e-4, rtol=1e-4)
+    record_property("positions", "keep")
+
+
+def test_repacking_a_prompt_that_keeps_its_length_is_refused(host):
+    with pytest.raises(ValueError, match="whose prompts keep their length: use positions='keep'"):
+        vtc.compress(host[0], "vtc-cls", keep=0.3, positions="repack")
 
 
 @shows("batches")

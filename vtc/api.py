@@ -185,13 +185,14 @@ def _forget_graphs() -> None:
 def _stage(
     vision: Vision, method: Method, stage: str, keep: Any, positions: str | None, allocate: str
 ) -> Any:
-    if positions == "repack" and vision.mrope:
+    fixed = "whose positions are grids of several components" if vision.mrope else None
+    fixed = "whose prompts keep their length" if vision.host.memory else fixed
+    if positions == "repack" and fixed:
         raise ValueError(
-            f"positions='repack' is not defined on {vision.host.name}, whose positions are grids of several "
-            "components: use positions='keep'"
+            f"positions='repack' is not defined on {vision.host.name}, {fixed}: use positions='keep'"
         )
     if positions is None:
-        positions = "keep" if vision.mrope else method.positions
+        positions = "keep" if fixed else method.positions
     from .stages.features import FeaturesStage  # brings dynamo along, which takes a second to import
     from .stages.memory import MemoryStage
 

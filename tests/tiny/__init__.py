@@ -18,24 +18,24 @@ from .parts import CLIP, IMAGE, LLAMA, PAD, SIGLIP, SUPPRESS, TEXT, VIDEO, VOCAB
 class Tiny:
     """family   the entry of vtc's table it stands for
     video    make_inputs(videos=...) works
+    films    the pictures of its make_inputs are videos
     works    False where compress() must refuse it
     memory   its images are not in the prompt: it has tests of its own
     blurred  a token is made of more patches than those behind it, by convolution or interpolation
-    lacks    what the bare model cannot do: "static", "chunked", "beams", "uncached", "chats", "eager",
-             "text", "rows" that do not depend on each other, "mixed" images and videos, a "cache" that
+    lacks    what the bare model cannot do: "static", "chunked", "beams", "uncached", "chats",
+             "rows" that do not depend on each other, "mixed" images and videos, a "cache" that
              forward() makes by itself, being cast to "half" precision after it was built, "gradients" for the
              encoder
-    refuses  of these what compress() refuses with an error
     """
 
     build: Callable[[], tuple[nn.Module, MakeInputs]]
     family: str
     video: bool = False
+    films: bool = False
     works: bool = True
     memory: bool = False
     blurred: bool = False
     lacks: tuple[str, ...] = ()
-    refuses: tuple[str, ...] = ()
 
 
 HOSTS: dict[str, Tiny] = {}

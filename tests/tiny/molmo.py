@@ -77,7 +77,7 @@ def molmo2():
     return molmo(draw, length)
 
 
-@host("molmo2-video", "molmo2", lacks=("chunked",))
+@host("molmo2-video", "molmo2", films=True, lacks=("chunked",))
 def molmo2_video():
     """Videos take the token of pictures and cannot come in one call with them."""
     return molmo(film, lambda i: 16 * frames(i))

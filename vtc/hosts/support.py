@@ -12,7 +12,7 @@ from .refused import REFUSED
 COLUMNS = {
     "batches": "each row of a padded batch, left or right, equals its prompt shortened by hand",
     "several images": "prompts of five images and of none in one batch",
-    "tiles": "images cut into tiles",
+    "tiles": "images cut into tiles, with any sharing of the budget over them",
     "video": "videos, frame by frame, with any sharing of the budget over frames",
     "generate": "dynamic, static and chunked caches and beams give what no cache gives",
     "chats": "a second turn over the cache equals one prompt of both turns",
@@ -32,7 +32,7 @@ _NAMES = {
     "uncached": "generate() without a cache",
 }
 _ABOUT = {"chats": "chats", "gradients": "training", "half": "half precision"}
-_OWN_TESTS = "generate() of text: judged by tests of its own"
+_OWN_TESTS = "generate() of answers: it has tests of its own instead of these"
 
 
 def families() -> dict[str, dict[str, Any]]:
@@ -48,8 +48,8 @@ def rows() -> list[list[str]]:
         types = [f"({', '.join(shown['model_types'])})"] if shown["model_types"] != [family] else []
         lacking = {_ABOUT.get(lack) for lack in shown["lacks"]}
         marks = ["yes" if shown.get(column) and column not in lacking else "-" for column in COLUMNS]
-        reads = ", ".join(["features", *shown["reads"]])
-        positions = "keep, repack" if shown["repack"] else "keep"
+        reads = ", ".join(["features", *shown["reads"]]) if shown["hosts"] else "-"
+        positions = ", ".join(shown["positions"]) or "-"
         lacks = ", ".join(_NAMES.get(lack, lack) for lack in shown["lacks"])
         lacks = lacks if shown["hosts"] else _OWN_TESTS
         table.append([" ".join([family, *types]), reads, positions, *marks, lacks])

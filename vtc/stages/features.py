@@ -46,9 +46,11 @@ class FeaturesStage:
         self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
         self.sources = _sources(vision, method)
         self.shortening = Shortening(vision, repack=positions == "repack")
-        self.resolution = LowResolution(vision) if method.lowers_resolution else None
-        self.reader = Reader(vision.reader) if vision.reader else None
+        self.resolution = LowResolution(vision, self) if method.lowers_resolution else None
         self.late = LateProjector(vision.projector) if vision.host.late else None
+        reader = Reader(vision.reader) if vision.reader else None
+        parts = [*self._captures(), self.shortening, self.late, reader, self.resolution]
+        self._parts = [part for part in parts if part]  # what puts hooks onto the model
         self.keep = self.check(keep)
 
     def check(self, keep: int | float) -> int | float:
@@ -75,14 +77,8 @@ class FeaturesStage:
             source.marking = _marking(name, source.original)
             setattr(base, name, MethodType(source.marking, base))
         self._wrap_generate()
-        for capture in self._captures():
-            capture.install()
-        self.shortening.install()
-        for part in (self.late, self.reader):
-            if part:
-                part.install()
-        if self.resolution:
-            self.resolution.install(self)
+        for part in self._parts:
+            part.install()
 
     def remove(self) -> None:
         base = self.vision.base
@@ -95,14 +91,8 @@ class FeaturesStage:
         model = self.vision.model
         if self._noting and getattr(vars(model).get(_PREPARE), "__func__", None) is self._noting:
             delattr(model, _PREPARE)
-        for capture in self._captures():
-            capture.remove()
-        self.shortening.remove()
-        for part in (self.late, self.reader):
-            if part:
-                part.remove()
-        if self.resolution:
-            self.resolution.remove()
+        for part in self._parts:
+            part.remove()
 
     def _wrap_generate(self) -> None:
         """Lets the shortening see the caller's mask where generate() makes a larger one of it."""

@@ -21,17 +21,16 @@ class LowResolution:
     finds the shape it expects, and the features stage then keeps one copy of each low-resolution token.
     """
 
-    def __init__(self, vision: Vision):
+    def __init__(self, vision: Vision, stage: Any):
         if not vision.encoder.resizable:
             raise ValueError(
                 f"{type(vision.encoder.tower).__name__} cannot see smaller pictures: use 'pool' or 'uniform'"
             )
-        self.vision = vision
+        self.vision, self._stage = vision, stage  # its `keep` may change between calls
         self._sizes: ByThread[tuple[tuple[int, int], tuple[int, int]]] = ByThread()  # full and low grid
         self._hooks: list[Any] = []
 
-    def install(self, stage: Any) -> None:
-        self._stage = stage  # its `keep` may change between calls
+    def install(self) -> None:
         self._hooks = [
             self.vision.encoder.tower.register_forward_pre_hook(self._shrink, with_kwargs=True),
             self.vision.projector.register_forward_hook(self._spread),

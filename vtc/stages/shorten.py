@@ -292,9 +292,7 @@ class Shortening:
 
     def _refuse_masks(self, call: _Call, cache: Any) -> None:
         """transformers builds masks of four dimensions for caches it compiles; others are a caller's own."""
-        own = (
-            call.foreign_mask and not self.host.reader
-        )  # generate() of a family with a reader makes masks, too
+        own = call.foreign_mask and not self.host.reader  # whose generate() makes such masks, too
         if own and not getattr(cache, "is_compileable", False):
             raise ValueError(
                 "an attention mask of more than two dimensions cannot be shortened: give one of two "
