@@ -80,7 +80,7 @@ def test_a_layer_that_does_not_exist(clip):
 def test_unknown_stage(clip):
     refused(
         ValueError,
-        "does not run at stage 'decoder': it runs at features",
+        "does not run at stage 'decoder' of this model: it runs at features",
         clip[0],
         "tome",
         keep=0.5,

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from .allocate import ALLOCATIONS
-from .hosts import Vision, features_owner, open_host
+from .hosts import Vision, features_owner, is_vlm, open_host
+from .hosts.trunk import Trunk, find_tower, open_trunk
 from .method import Method, get_method
 from .record import Record
+from .schedule import Budget, Schedule, check_schedule
 from .tokens import check_keep
 
-_STAGES = ("features",)
+_STAGES = ("encoder", "features")
 _HANDLE = "_vtc_handle"
 
 Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
@@ -31,16 +33,18 @@ class Handle:
         return vars(self._base).get(_HANDLE) is self
 
     @property
-    def keep(self) -> int | float | dict[str, int | float]:
-        """The budget: a fraction in (0, 1] or tokens per image; a dict by stage where there are several."""
+    def keep(self) -> Budget | dict[str, Budget]:
+        """The budget: a fraction in (0, 1], tokens per image, or what leaves each block of an encoder; a dict
+        by stage where there are several."""
         budgets = {stage.name: stage.keep for stage in self._stages}
         return budgets if len(budgets) > 1 else next(iter(budgets.values()))
 
     @keep.setter
-    def keep(self, keep: int | float | dict[str, int | float]) -> None:
+    def keep(self, keep: Budget | dict[str, Budget]) -> None:
         if not self._on:
             raise RuntimeError("this handle was removed from its model: call vtc.compress() again")
-        budgets = keep if isinstance(keep, dict) else {self._stages[-1].name: keep}
+        by_stage = isinstance(keep, dict) and all(isinstance(name, str) for name in keep)
+        budgets = keep if by_stage else {self._stages[-1].name: keep}
         stages = {stage.name: stage for stage in self._stages}
         if unknown := set(budgets) - set(stages):
             raise ValueError(f"no stage {sorted(unknown)} is in use here: {sorted(stages)}")
@@ -70,9 +74,11 @@ class Handle:
             line = f"{stage.name}: {stage.method} "
             line += " ".join(f"{name}={value}" for name, value in stage.settings.items())
             if stage.last:
-                counts = [f"{r.entering['decoder']} of {r.entering['features']}" for r in stage.last]
-                line += f"; tokens kept in the last forward: {', '.join(counts)}"
+                kept = [f"{len(record.index)} of {len(record.source)}" for record in stage.last]
+                line += f"; tokens kept in the last forward: {', '.join(kept)}"
             lines.append(line)
+            if told := getattr(stage, "left_blocks", None):
+                lines.append(f"    patch tokens after each block: {told}")
         return "\n".join(lines)
 
     def remove(self) -> None:
@@ -99,25 +105,40 @@ def compress(
     stage: str | None = None,
     positions: str | None = None,
     allocate: str = "proportional",
+    schedule: Schedule | None = None,
+    restore: str | None = None,
+    carry: str | None = None,
     replace: bool = False,
     **options: Any,
 ) -> Handle:
     """Makes a model carry fewer vision tokens from now on, in place; its calls stay as they are.
 
-    model      a transformers vision-language model of a known family; wrappers of PEFT, torch.compile and
-               distributed training around one are opened
+    model      a transformers vision-language model of a known family, or a vision transformer of timm,
+               open_clip or transformers, also with a head or beside a text encoder; wrappers of PEFT,
+               torch.compile and distributed training around one are opened
     method     a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ...,
                options})
     keep       the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per
                image or video (one with fewer keeps all of its own). Exactly that many come out. As soon as
-               one patch token of an image is dropped, its newline tokens and a CLS token go too
-    stage      where the reduction takes effect; the method's default where None
+               one patch token of an image is dropped, its newline tokens and a CLS token go too. In an
+               encoder: what leaves its last block; or by block, as a list or dict of shares and numbers
+               (`vtc.schedule.check_budget`)
+    stage      where the reduction takes effect: "encoder", inside of the blocks of the vision transformer;
+               "features", between it and the language model. The method's default where None
     positions  "keep": kept tokens have the positions they had; "repack": positions are counted anew without
                the dropped ones. None: as the method's own code does it, and "keep" where positions have
                several components (M-RoPE), which cannot be counted anew
     allocate   how an image's budget is shared over its tiles, a video's over its frames: "proportional", each
                by its size; "joint", all are one row in which tokens compete; "whole", as many whole ones as
                fit, evenly spread
+    schedule   encoder stage: how the budget is spread over blocks, "constant", "decreasing", "staged", "once"
+               or the blocks that reduce tokens (`vtc.schedule.counts`); the method's own where None
+    restore    encoder stage: "unmerge", and every block shows all patches to whoever reads its output, a
+               merged one as often as it has members, a dropped one as it last was. None: fewer tokens come
+               out of the encoder, and its pooling head weighs them by size
+    carry      encoder stage: "gap", and the average of each block's tokens is set aside and joins the
+               sequence after the next reduction, as in CLCA (arXiv:2501.00243), whose models are trained with
+               it; carried averages are never reduced themselves
     replace    True: an earlier compression of this model is removed first
     options    the method's own fields, where it is given by name
 
@@ -130,20 +151,23 @@ def compress(
     that is compressed already. The model is then as it was.
     """
     model = unwrap(model)
-    steps = _steps(method, keep, stage, positions, allocate, options)
+    encoder = {"schedule": schedule, "restore": restore, "carry": carry}
+    where = {"stage": stage, "positions": positions, "allocate": allocate, **encoder}
+    opened = _open(model)
+    steps = _steps(method, keep, where, options, _offered(opened))
     handle = current(model)
     if handle is not None and not replace:
         raise RuntimeError(
             f"this {type(model).__name__} is compressed already ({handle.describe()}): "
             "call vtc.restore(model) first, or pass replace=True"
         )
-    vision = open_host(model)
-    stages = [_stage(vision, **step) for step in steps]
+    stages = [_stage(opened, **step) for step in steps]
     # Nothing was touched so far: whatever is refused is refused above.
     if handle is not None:
         handle.remove()
-    handle = Handle(vision.base, stages)
-    setattr(vision.base, _HANDLE, handle)
+    owner = opened.base if isinstance(opened, Vision) else opened.tower
+    handle = Handle(owner, stages)
+    setattr(owner, _HANDLE, handle)
     for part in stages:
         part.install()
     _forget_graphs()
@@ -153,7 +177,8 @@ def compress(
 def current(model: nn.Module) -> Handle | None:
     """The handle of a model that is compressed now, else None."""
     model = unwrap(model)
-    return vars(features_owner(model)).get(_HANDLE)
+    found = None if is_vlm(model) else find_tower(model)
+    return vars(found[0] if found else features_owner(model)).get(_HANDLE)
 
 
 def restore(model: nn.Module) -> None:
@@ -182,28 +207,52 @@ def _forget_graphs() -> None:
         torch.compiler.reset()
 
 
-def _stage(
-    vision: Vision, method: Method, stage: str, keep: Any, positions: str | None, allocate: str
-) -> Any:
+def _open(model: nn.Module) -> Vision | Trunk:
+    """The parts of a vision-language model or of a vision transformer. ValueError for any other model."""
+    return open_trunk(model) if not is_vlm(model) and find_tower(model) else open_host(model)
+
+
+def _offered(opened: Vision | Trunk) -> tuple[str, ...]:
+    return _STAGES if isinstance(opened, Vision) else ("encoder",)
+
+
+def _stage(opened: Vision | Trunk, method: Method, stage: str, **settings: Any) -> Any:
+    # The stages bring dynamo along, which takes a second to import.
+    if isinstance(opened, Trunk):
+        from .stages.encoder import EncoderStage
+
+        return EncoderStage(opened, method, **settings)
+    if stage == "encoder":
+        from .stages.tower import TowerStage
+
+        return TowerStage(opened, method, **settings)
+    positions = _positions(opened, method, settings.pop("positions"))
+    from .stages.features import FeaturesStage
+    from .stages.memory import MemoryStage
+
+    made = MemoryStage if opened.host.memory else FeaturesStage
+    return made(opened, method, positions=positions, **settings)
+
+
+def _positions(vision: Vision, method: Method, positions: str | None) -> str:
     fixed = "whose positions are grids of several components" if vision.mrope else None
     fixed = "whose prompts keep their length" if vision.host.memory else fixed
     if positions == "repack" and fixed:
         raise ValueError(
             f"positions='repack' is not defined on {vision.host.name}, {fixed}: use positions='keep'"
         )
-    if positions is None:
-        positions = "keep" if fixed else method.positions
-    from .stages.features import FeaturesStage  # brings dynamo along, which takes a second to import
-    from .stages.memory import MemoryStage
-
-    made = MemoryStage if vision.host.memory else FeaturesStage
-    return made(vision, method, keep, positions, allocate)
+    return positions or ("keep" if fixed else method.positions)
 
 
-def _steps(plan: Plan, keep: Any, stage: Any, positions: Any, allocate: str, options: dict) -> list[dict]:
+# What settings are without saying so, and the stage at which they mean something.
+_DEFAULTS = {"positions": None, "allocate": "proportional", "schedule": None, "restore": None, "carry": None}
+_OF_STAGE = {"encoder": ("schedule", "restore", "carry"), "features": ("positions", "allocate")}
+
+
+def _steps(plan: Plan, keep: Any, where: dict, options: dict, offered: tuple[str, ...]) -> list[dict]:
     """What to run, one dict of _stage()'s arguments for each step."""
     if isinstance(plan, list):
-        if (keep, stage, positions, allocate) != (None, None, None, "proportional") or options:
+        if keep is not None or where != {"stage": None, **_DEFAULTS} or options:
             raise ValueError(
                 "with a list of methods, give keep, stage and options in the list: ('tome', {'keep': 0.5})"
             )
@@ -212,9 +261,9 @@ def _steps(plan: Plan, keep: Any, stage: Any, positions: Any, allocate: str, opt
                 raise ValueError(
                     f"a list of methods holds pairs like ('tome', {{'keep': 0.5}}), not {step!r}"
                 )
-        steps = [_step(method, **settings) for method, settings in plan]
+        steps = [_step(offered, method, **settings) for method, settings in plan]
     else:
-        steps = [_step(plan, keep, stage, positions, allocate, **options)]
+        steps = [_step(offered, plan, keep, **where, **options)]
     names = [step["stage"] for step in steps]
     if not steps or len(set(names)) < len(names):
         raise ValueError(f"give one method for each stage, at least one: got {names}")
@@ -222,11 +271,15 @@ def _steps(plan: Plan, keep: Any, stage: Any, positions: Any, allocate: str, opt
 
 
 def _step(
+    offered: tuple[str, ...],
     method: str | Method,
     keep: Any = None,
     stage: str | None = None,
     positions: str | None = None,
     allocate: str = "proportional",
+    schedule: Any = None,
+    restore: str | None = None,
+    carry: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     if isinstance(method, Method):
@@ -238,10 +291,29 @@ def _step(
         raise ValueError(
             f"give '{method.name}' a budget: keep=0.25 for a quarter of the tokens, keep=64 for 64 per image"
         )
-    where = stage or method.stages[0]
-    if where not in method.stages or where not in _STAGES:
-        usable = ", ".join(name for name in method.stages if name in _STAGES) or "none"
-        raise ValueError(f"method '{method.name}' does not run at stage {where!r}: it runs at {usable}")
+    usable = [name for name in method.stages if name in offered]
+    stage = stage or next(iter(usable), method.stages[0])
+    if stage not in usable:
+        raise ValueError(
+            f"method '{method.name}' does not run at stage {stage!r} of this model: it runs at "
+            f"{', '.join(usable) or 'none'}"
+        )
+    settings = {
+        "positions": positions, "allocate": allocate, "schedule": schedule, "restore": restore, "carry": carry
+    }  # fmt: skip
+    own = _OF_STAGE[stage]
+    for name, value in settings.items():
+        if name not in own and value != _DEFAULTS[name]:
+            raise ValueError(f"{name}={value!r} means nothing at stage {stage!r}: leave it out")
+    if stage == "encoder":
+        settings["schedule"] = check_schedule(method.schedule if schedule is None else schedule)
+    else:
+        keep = check_keep(keep)
+        _check_prompt(method, positions, allocate)
+    return {"method": method, "stage": stage, "keep": keep, **{name: settings[name] for name in own}}
+
+
+def _check_prompt(method: Method, positions: str | None, allocate: str) -> None:
     if positions not in (None, "keep", "repack"):
         raise ValueError(f"positions must be 'keep' or 'repack', not {positions!r}")
     if allocate not in ALLOCATIONS:
@@ -251,10 +323,3 @@ def _step(
             f"'{method.name}' reads the rows and columns of one picture, which tiles or frames taken "
             "together have not: use allocate='proportional'"
         )
-    return {
-        "method": method,
-        "stage": where,
-        "keep": check_keep(keep),
-        "positions": positions,
-        "allocate": allocate,
-    }

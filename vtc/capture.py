@@ -1,29 +1,25 @@
-"""Attention rows and keys of single encoder layers, while the model itself stays on fused attention.
+"""What methods need from inside an encoder block: attention rows, keys, values, read off its own attention.
 
-A fused kernel never shows its attention map. So the layers a method names get a copy of their config whose
-attention implementation is a thin wrapper: it hands queries and keys to a recorder and then calls the
-implementation that was there, with the same arguments. The output is bit-identical; only the rows that are
-needed are recomputed, with the softmax in float32 and without gradient.
+Only the rows that are needed are recomputed, with the softmax in float32 and without gradient; the model's
+own output stays what it was, bit for bit (see taps.py).
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .hosts import Encoder
 from .method import Need, get_method, list_methods
+from .taps import Call, Tap, refusal
 from .threads import ByThread
 
-_PREFIX = "vtc|"  # names in transformers' AttentionInterface; they stay there and do nothing by themselves
 _ELEMENTS = 1 << 19  # attention weights held at once, or as many as queries: they stay in a CPU's cache
 
 
@@ -38,34 +34,35 @@ class Capture:
                 )
         self.encoder = encoder
         self.needs = {need.kind: need.resolve(len(encoder.blocks)) for need in needs}
-        self._layers = {layer for layers in self.needs.values() for layer in layers}
         self._recordings: ByThread[Recording] = ByThread()  # two forwards at once must not mix
-        self._wrapped: list[tuple[nn.Module, object]] = []
+        layers = {layer for layers in self.needs.values() for layer in layers}
+        self._taps = [Tap(encoder.attention(n), self._open, partial(self._see, n)) for n in sorted(layers)]
 
     def install(self) -> None:
-        for layer in self._layers:
-            module = self.encoder.attention(layer)
-            config = copy.copy(module.config)
-            config.vtc_recorder = _Recorder(self, layer)
-            self._wrapped.append((module, module.config))
-            module.config = config
-        self.follow()
+        for tap in self._taps:
+            tap.install()
 
     def follow(self) -> None:
         """Takes over the attention implementation of the model, which may have been set anew since."""
-        from transformers.modeling_utils import AttentionInterface
-
-        for module, config in self._wrapped:
-            name = _PREFIX + (config._attn_implementation or "eager")
-            if module.config._attn_implementation != name:
-                AttentionInterface.register(name, _record_and_attend)
-                module.config._attn_implementation_internal = name
+        for tap in self._taps:
+            tap.follow()
 
     def remove(self) -> None:
-        for module, config in self._wrapped:
-            module.config = config
-        self._wrapped.clear()
+        for tap in self._taps:
+            tap.remove()
         self._recordings.clear()
+
+    def _open(self) -> bool:
+        return self._recordings.get() is not None
+
+    def _see(self, layer: int, call: Call) -> None:
+        recording = self._recordings.get()
+        starts = call.starts  # a fused kernel keeps images apart that share one row
+        spans = [(0, call.query.shape[2])] if starts is None else zip(starts.tolist(), starts[1:].tolist())
+        for start, stop in spans:
+            part = slice(start, stop)
+            tensors = (call.query[:, :, part], call.key[:, :, part], call.value[:, :, part])
+            recording.add(layer, Call(*tensors, call.scaling, call.mask))
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
@@ -80,19 +77,18 @@ class Capture:
 
 def missing(encoder: Encoder, need: Need) -> str | None:
     """What keeps this encoder from serving a need, or None where it can."""
+    if need.kind in INSIDE:
+        return f"'{need.kind}', which exists inside of encoder blocks only (stage='encoder')"
     if need.kind not in _COMPUTE:
-        return f"'{need.kind}', which is none of {', '.join(_COMPUTE)}"
+        return f"'{need.kind}', which is none of {', '.join((*_COMPUTE, *INSIDE))}"
     tower = type(encoder.tower).__name__
     if encoder.latent:
         return f"{need.kind} of patches, but behind {tower} a resampler makes tokens that are no patches"
     if not encoder.blocks:
         return f"attention blocks, which {tower} has not"
-    if need.kind == "cls_attention" and not encoder.has_cls:
+    if need.kind in OF_CLS and not encoder.has_cls:
         return f"a CLS token, which {tower} has not"
-    attention = encoder.attention(0)
-    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
-        return f"queries and keys that {type(attention).__name__} does not let be read"
-    return None
+    return refusal(encoder.attention(0))
 
 
 def working(encoder: Encoder) -> list[str]:
@@ -110,13 +106,11 @@ class Recording:
     found: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)  # (patches of a call, ...) each
     seconds: float = 0.0
 
-    def add(self, layer: int, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> None:
+    def add(self, layer: int, call: Call) -> None:
         start, encoder = time.perf_counter(), self.capture.encoder
         for kind, layers in self.capture.needs.items():
             if layer in layers:
-                with torch.no_grad():
-                    found = _COMPUTE[kind](query, key, scaling, mask, encoder.cls)  # (rows, N_all, ...)
-                found = found[:, encoder.prefix : found.shape[1] - encoder.suffix]
+                found = computed(kind, call, encoder.cls, encoder.prefix, encoder.suffix)  # (rows, N, ...)
                 self.found.setdefault((kind, layer), []).append(found.flatten(0, 1))
         self.seconds += time.perf_counter() - start
 
@@ -136,37 +130,16 @@ class Recording:
         return found
 
 
-@dataclass
-class _Recorder:
-    capture: Capture
-    layer: int
+@torch.no_grad()
+def computed(kind: str, call: Call, cls: int, prefix: int, suffix: int = 0) -> Tensor:
+    """A need of one layer, for the tokens between the first `prefix` and the last `suffix`: (B, N, ...).
 
-    def __call__(self, *tensors) -> None:
-        recording = self.capture._recordings.get()
-        if recording is not None:
-            recording.add(self.layer, *tensors)
-
-
-def _record_and_attend(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    """Registered in transformers' AttentionInterface under "vtc|<implementation>"."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = module.config._attn_implementation.removeprefix(_PREFIX)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    starts = kwargs.get("cu_seq_lens_q")  # several images in one row; a fused kernel keeps them apart
-    spans = [(0, query.shape[2])] if starts is None else list(zip(starts.tolist(), starts[1:].tolist()))
-    for start, stop in spans:
-        part = slice(start, stop)
-        module.config.vtc_recorder(query[:, :, part], key[:, :, part], scale, attention_mask)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
-    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-def _eager(attention: type[nn.Module]) -> Callable | None:
-    """The eager function that an attention class would call; its file may hold several."""
-    forward = inspect.unwrap(attention.forward)
-    name = next((n for n in forward.__code__.co_names if n.endswith("eager_attention_forward")), "")
-    return getattr(sys.modules[attention.__module__], name, None)
+    cls  the index of the CLS token in a row; whole maps keep all tokens: (B, H, M, M)
+    """
+    if kind == "attention":
+        return _weights(call.query, call.key, call.scaling, call.mask)
+    found = _COMPUTE[kind](call, cls)  # (B, M, ...)
+    return found[:, prefix : found.shape[1] - suffix]
 
 
 def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
@@ -178,14 +151,27 @@ def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) ->
     return logits.softmax(dim=-1)
 
 
-def _cls_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
+def _cls_row(call: Call, cls: int) -> Tensor:
+    """What CLS attends to, by head: (B, H, N)."""
     row = slice(0, 1) if cls == 0 else slice(-1, None)
-    first = None if mask is None else mask[..., row, :]
-    return _weights(query[:, :, row], key, scaling, first)[:, :, 0].mean(dim=1)  # (B, N)
+    mask = call.mask
+    first = mask if mask is None or mask.shape[-2] == 1 else mask[..., row, :]
+    return _weights(call.query[:, :, row], call.key, call.scaling, first)[:, :, 0]
 
 
-def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
+def _cls_attention(call: Call, cls: int) -> Tensor:
+    return _cls_row(call, cls).mean(dim=1)  # (B, N)
+
+
+def _cls_values(call: Call, cls: int) -> Tensor:
+    row, length = _cls_row(call, cls), call.value.float().norm(dim=-1)
+    length = length.repeat_interleave(row.shape[1] // length.shape[1], dim=1)  # heads may share values
+    return (row * length).sum(dim=1)  # (B, N)
+
+
+def _mean_attention(call: Call, cls: int) -> Tensor:
     """The mean over the queries that may see a key: images in one row do not thin each other out."""
+    query, key, scaling, mask = call.query, call.key, call.scaling, call.mask
     batch, heads, rows, _ = query.shape
     step = max(1, max(_ELEMENTS, query.numel()) // (batch * heads * key.shape[2]))
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
@@ -206,12 +192,15 @@ def _mean_attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | N
     return total / (heads * seen.clamp_min(1))
 
 
-def _keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, cls: int) -> Tensor:
-    return key.mean(dim=1)  # (B, N, head_dim)
+def _keys(call: Call, cls: int) -> Tensor:
+    return call.mean_key()  # (B, N, head_dim)
 
 
-_COMPUTE: dict[str, Callable[..., Tensor]] = {
+_COMPUTE: dict[str, Callable[[Call, int], Tensor]] = {
     "cls_attention": _cls_attention,
+    "cls_values": _cls_values,
     "mean_attention": _mean_attention,
     "keys": _keys,
 }
+OF_CLS = ("cls_attention", "cls_values")
+INSIDE = ("attention", "shift")  # what exists in encoder blocks only

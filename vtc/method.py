@@ -18,12 +18,8 @@ from torch import Tensor
 from .tokens import Reduction, Tokens
 
 Layer = int | float | slice
-SETTINGS = (
-    "stage",
-    "keep",
-    "positions",
-    "allocate",
-)  # what a plan says of a step beside the method's options
+# what a plan says of a step beside the method's options
+SETTINGS = ("stage", "keep", "positions", "allocate", "schedule", "restore", "carry")
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,16 @@ class Need:
             "mean_attention"  attention a token receives, post-softmax, mean over heads and over all query
                               rows (CLS row included, as the HiPrune code does): (B, layers, N)
             "keys"            keys after norm and rotation, mean over heads: (B, layers, N, head_dim)
+            "cls_values"      what CLS attends to, times the length of that head's value, summed over heads:
+                              (B, layers, N)
+            "attention"       the whole map, post-softmax, all tokens of the encoder's sequence (CLS and
+                              registers in front): (B, layers, heads, M, M)
+            "shift"           length of what the MLP branch adds to a token, for methods that reduce after
+                              the block: (B, layers, N)
+            The last two exist at the encoder stage only.
     layers  0-based block indices, negatives from the end; a float is a fraction of the depth; a slice spans
-            blocks and its bounds may be fractions too
+            blocks and its bounds may be fractions too. At the encoder stage it is always the block itself in
+            which tokens are reduced, so that there is one layer, whatever is named here
     """
 
     kind: str
@@ -64,6 +68,10 @@ class Method:
     """A rule that says which tokens stay and where the others go. Its fields are its options.
 
     Subclass `Select` or `Merge`, not this class. `stages` lists where the rule may run, its default first.
+
+    At the encoder stage: `schedule` spreads the budget over blocks (see vtc.schedule), `after_block` reduces
+    behind a block's MLP instead of in front of it, and `proportional` adds the logarithm of token sizes to
+    the attention of later blocks, so that a merged token is attended to like its members.
     """
 
     name: ClassVar[str]
@@ -72,6 +80,9 @@ class Method:
     positions: ClassVar[str] = "keep"  # or "repack": what the paper's code does to the kept tokens' positions
     needs_grid: ClassVar[bool] = False  # reads the rows and columns of one picture
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
+    schedule: ClassVar[str] = "constant"
+    after_block: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False  # or an option of the method
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -160,10 +171,14 @@ def get_method(name: str, **options: Any) -> Method:
         raise ValueError(f"method '{name}' has no option {', '.join(map(repr, unknown))}; its options: {has}")
     for field in dataclasses.fields(cls):
         value = options.get(field.name, field.default)
-        if isinstance(field.default, (int, float)) and (
-            isinstance(value, bool) or not isinstance(value, Real)
-        ):
-            raise ValueError(f"option {field.name} of method '{name}' is a number, not {value!r}")
+        if isinstance(field.default, bool):
+            fine, kind = isinstance(value, bool), "True or False"
+        elif isinstance(field.default, (int, float)):
+            fine, kind = isinstance(value, Real) and not isinstance(value, bool), "a number"
+        else:
+            continue
+        if not fine:
+            raise ValueError(f"option {field.name} of method '{name}' is {kind}, not {value!r}")
     return cls(**options)
 
 

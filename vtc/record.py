@@ -37,7 +37,10 @@ class Record:
     source    (N,) the slot 0..K-1 each token went into, -1 if dropped
     grid      (rows, cols) of the image, of its thumbnail where it is tiled
     tiles     every rectangle of patch tokens in the image; one where it is not tiled
-    entering  tokens of this image that entered each part: {"features": N, "decoder": K}
+    entering  tokens of this image that entered each part: {"features": N, "decoder": K}; {"encoder": N,
+              "out": K} where the encoder itself reduced them
+    blocks    {block: (index, source)} after each encoder block that reduced tokens, in the patches of the
+              whole image
     """
 
     index: Tensor
@@ -45,6 +48,7 @@ class Record:
     grid: tuple[int, int]
     tiles: list[Tile] = field(default_factory=list)
     entering: dict[str, int] = field(default_factory=dict)
+    blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def latent(self) -> bool:

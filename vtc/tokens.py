@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,13 @@ class Tokens:
     sorts ragged batches into such groups, so a method never meets padding.
 
     x          (B, N, D)  features at this point of the model
-    grid       (rows, cols) with rows * cols == N; tokens are in raster order
+    grid       (rows, cols) of the patches, in raster order. rows * cols == N, except inside of an encoder
+               that reduced tokens in an earlier block already
+    place      (B, N)     the place 0..rows*cols-1 in the grid of each token; of a merged one, one of them
     size       (B, N)     how many patches each token stands for
+    prefix     how many CLS and register tokens stand in front of the patches in the encoder's own sequence
+    layer, depth          the encoder block after whose attention tokens are reduced, and how many blocks
+               there are; behind the encoder layer == depth
     group      (B,)       which image of the batch the row belongs to
     thumbnail  (B,)       True where the row is the whole-image view of a tiled image
     lot        (B,)       a number that the picture alone decides, for rules that draw at random: the same
@@ -34,6 +41,10 @@ class Tokens:
     group: Tensor | None = None
     thumbnail: Tensor | None = None
     lot: Tensor | None = None
+    place: Tensor | None = None
+    prefix: int = 0
+    layer: int = 1
+    depth: int = 1
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -44,6 +55,8 @@ class Tokens:
             self.group = torch.arange(rows, device=device)
         if self.thumbnail is None:
             self.thumbnail = torch.zeros(rows, dtype=torch.bool, device=device)
+        if self.place is None:
+            self.place = torch.arange(self.n, device=device).expand(rows, -1)
         if self.lot is None:
             self.lot = torch.zeros(rows, dtype=torch.long, device=device)
 
@@ -65,15 +78,26 @@ class Tokens:
 class Reduction:
     """Which tokens stay and where the others go; dropping, merging, drawing and counting all derive from it.
 
-    index   (B, K)  ascending positions whose place the kept tokens take
-    source  (B, N)  the slot 0..K-1 each input token went into, -1 if it was dropped
-    weight  (B, N)  how much each token counts in its slot's average; None: its size
-    pruned  True where no token was merged, so that kept tokens are exact copies
+    index    (B, K)  positions whose place the kept tokens take; ascending, unless the method says in which
+             order they go on
+    source   (B, N)  the slot 0..K-1 each input token went into, -1 if it was dropped
+    weight   (B, N)  how much each token counts in its slot's average; None: its size
+    size     (B, K)  how many patches each slot stands for from now on; None: the sum over its members
+    combine  what becomes of a slot's members: "mean"; "sum", weighted but not divided by the sum of weights;
+             "mlerp", the direction of their plain mean with the length of the longest (arXiv:2312.01026)
+    mix      (B, K, N)  soft merging: how much of each token is in each slot, in the place of all the above;
+             `source` is then for drawing
+    spread   (B, N, K)  soft un-merging: how much of each slot each token gets back
+    pruned   True where no token was merged, so that kept tokens are exact copies
     """
 
     index: Tensor
     source: Tensor
     weight: Tensor | None = None
+    size: Tensor | None = None
+    combine: str = "mean"
+    mix: Tensor | None = None
+    spread: Tensor | None = None
     pruned: bool = False
 
     @classmethod
@@ -85,42 +109,92 @@ class Reduction:
         return cls(index, source.scatter(1, index, slots), pruned=True)
 
     @classmethod
-    def merge(cls, index: Tensor, source: Tensor, weight: Tensor | None = None) -> Reduction:
-        """Merging: token n joins the group whose place is the position `source[b, n]`, one of `index[b]`."""
+    def merge(cls, index: Tensor, source: Tensor, weight: Tensor | None = None, **more: Any) -> Reduction:
+        """Merging: token n joins the group whose place is the position `source[b, n]`, one of `index[b]`, or
+        is dropped where that is -1. `more` are further fields."""
         index = index.sort(dim=1).values  # (B, K)
-        return cls(index, torch.searchsorted(index, source.contiguous()), weight)
+        slot = torch.searchsorted(index, source.contiguous())
+        return cls(index, torch.where(source < 0, -1, slot), weight, **more)
 
     @property
     def k(self) -> int:
         return self.index.shape[1]
 
-    def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
-        """Averages each slot's members: (B, N, D) -> (B, K, D). A slot of one member is its exact copy.
+    def ascending(self) -> Reduction:
+        """The same groups, in the order of their places."""
+        index, order = self.index.sort(dim=1)
+        rank = order.argsort(dim=1)  # (B, K) where each slot goes
+        source = torch.where(self.source < 0, -1, rank.gather(1, self.source.clamp_min(0)))
+        sorted_ = replace(self, index=index, source=source)
+        if self.size is not None:
+            sorted_.size = self.size.gather(1, order)
+        if self.mix is not None:
+            sorted_.mix = gather(self.mix, order)
+        if self.spread is not None:
+            sorted_.spread = gather(self.spread.transpose(1, 2), order).transpose(1, 2)
+        return sorted_
 
-        The average is weighted by `weight`, else by `size` (B, N), else plainly, and summed in float32.
+    def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        """Combines each slot's members: (B, N, D) -> (B, K, D). A slot of one member is its exact copy.
+
+        An average is weighted by `weight`, else by `size` (B, N), else plainly, and summed in float32.
         """
+        if self.mix is not None:
+            return (self.mix.float() @ x.float()).to(x.dtype)
         single = gather(x, self.index)  # (B, K, D)
         if self.pruned:
             return single
+        ones = torch.ones_like(self.source, dtype=torch.float32)
         weight = self.weight if self.weight is not None else size
-        weight = torch.ones_like(self.source, dtype=torch.float32) if weight is None else weight.float()
-        total = self.sizes(weight)  # (B, K)
-        mean = self._sum(x.float() * weight[..., None]) / total[..., None].clamp_min(1e-12)
-        alone = self.sizes(torch.ones_like(weight)) == 1  # (B, K)
-        return torch.where(alone[..., None], single, mean.to(x.dtype))
+        weight = ones if weight is None or self.combine == "mlerp" else weight.float()
+        new = self._sum(x.float() * weight[..., None])
+        if self.combine != "sum":
+            new = new / self._sums(weight)[..., None].clamp_min(1e-12)
+        if self.combine == "mlerp":
+            new = self._lengthened(new, x, single)
+        alone = self._sums(ones) == 1  # (B, K)
+        return torch.where(alone[..., None], single, new.to(x.dtype))
 
     def sizes(self, size: Tensor) -> Tensor:
-        """The summed size of each slot's members: (B, N) -> (B, K)."""
-        return self._sum(size.float()[..., None])[..., 0]
+        """How many patches each slot stands for, where the tokens stood for `size` (B, N): (B, K)."""
+        return self._sums(size) if self.size is None else self.size
 
-    def expand(self, y: Tensor) -> Tensor:
-        """Un-merging: every member gets its slot's token, a dropped one zeros: (B, K, D) -> (B, N, D)."""
-        return gather(y, self.source.clamp_min(0)) * (self.source >= 0)[..., None]
+    def expand(self, y: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Un-merging: every member gets its slot's token, a dropped one its row of `dropped` (B, N, D), else
+        zeros: (B, K, D) -> (B, N, D)."""
+        if self.spread is not None:
+            return (self.spread.float() @ y.float()).to(y.dtype)
+        full, gone = gather(y, self.source.clamp_min(0)), (self.source < 0)[..., None]
+        return full.masked_fill(gone, 0) if dropped is None else torch.where(gone, dropped, full)
+
+    def _lengthened(self, mean: Tensor, x: Tensor, single: Tensor) -> Tensor:
+        """Group means (B, K, D) with the length of the longest member; where members cancel out, the token
+        whose place it is gives the direction."""
+        slot = torch.where(self.source < 0, self.k, self.source)  # dropped tokens go to a spare slot K
+        length = x.float().norm(dim=-1)  # (B, N)
+        longest = length.new_zeros(len(x), self.k + 1).scatter_reduce(1, slot, length, "amax")[:, :-1, None]
+        size = mean.norm(dim=-1, keepdim=True)
+        cancelled = size <= 1e-6 * longest
+        direction = torch.where(cancelled, single.float(), mean)
+        return direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12) * longest
+
+    def _sums(self, weight: Tensor) -> Tensor:
+        return self._sum(weight.float()[..., None])[..., 0]  # (B, N) -> (B, K)
 
     def _sum(self, x: Tensor) -> Tensor:
-        slot = torch.where(self.source < 0, self.k, self.source)  # dropped tokens go to a spare slot K
-        out = x.new_zeros(x.shape[0], self.k + 1, x.shape[2])
-        return out.scatter_add(1, slot[..., None].expand_as(x), x)[:, :-1]  # (B, K, D)
+        """Sums over each slot's members: (B, N, C) -> (B, K, C). Those at `index` lie in order already, so
+        only the others are added up."""
+        rest = self._rest  # (B, N - K)
+        slot = self.source.gather(1, rest)
+        slot = torch.where(slot < 0, self.k, slot)  # dropped tokens go to a spare slot K
+        out = torch.cat([gather(x, self.index), x.new_zeros(len(x), 1, x.shape[2])], dim=1)
+        return out.scatter_add(1, slot[..., None].expand(-1, -1, x.shape[2]), gather(x, rest))[:, :-1]
+
+    @cached_property
+    def _rest(self) -> Tensor:
+        """The positions that are in no slot's place: (B, N - K)."""
+        kept = torch.zeros_like(self.source).scatter(1, self.index, 1)
+        return kept.argsort(dim=1, stable=True)[:, : self.source.shape[1] - self.k]
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

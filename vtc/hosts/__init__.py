@@ -51,6 +51,12 @@ def find_host(model: nn.Module) -> Host:
     )
 
 
+def is_vlm(model: nn.Module) -> bool:
+    """Whether a model is a vision-language model that is known, or known to be refused."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type in REFUSED or any(model_type in host.model_types for host in HOSTS)
+
+
 def open_host(model: nn.Module) -> Vision:
     """Finds the vision modules of a model. Raises ValueError where the structure is not the family's."""
     host = find_host(model)

@@ -67,11 +67,11 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 
 def extra_tokens(tower: nn.Module) -> int:
-    """1 for an encoder with a CLS token, read off its parameters; plus its registers."""
+    """How many CLS, distillation and register tokens an encoder has, read off its parameters."""
     extra = 0
     for name, parameter in tower.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
-        if leaf in ("class_embedding", "cls_token"):
+        if leaf in ("class_embedding", "cls_token", "distillation_token"):
             extra += 1
         elif leaf in ("register_tokens", "cls_register_token"):
             extra += parameter.shape[-2]

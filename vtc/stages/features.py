@@ -156,7 +156,7 @@ class FeaturesStage:
                 f"{[layout.length for layout in layouts]}: please report this with the inputs' shapes"
             )
         features = tokens.split([layout.length for layout in layouts])
-        rows = rows_of(layouts, self.keep, self.allocate)
+        rows = self._rows(layouts)
         reduced, records = self._reduce(rows, features, layouts, recording, width)
         dropped = any(new is not old for new, old in zip(reduced, features))
         if dropped:
@@ -170,7 +170,7 @@ class FeaturesStage:
 
     def _reduce(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         features: tuple[Tensor, ...],
         layouts: list[Layout],
         recording: Recording | None,
@@ -187,7 +187,7 @@ class FeaturesStage:
                 "the image features hold NaN before any token was dropped: the vision encoder overflowed, "
                 "load it in bfloat16 or float32"
             )
-        extras = recording.extras()
+        extras = self._extras(recording)
         groups = defaultdict(list)
         for row in rows:
             merged = None if row.patches is None else row.patches.shape[1]
@@ -200,9 +200,16 @@ class FeaturesStage:
         ]
         return [feature for feature, _ in results], [record for _, record in results]
 
+    def _rows(self, layouts: list[Layout]) -> list[Row]:
+        return rows_of(layouts, self.keep, self.allocate)
+
+    def _extras(self, recording: Recording | None) -> dict[str, Tensor]:
+        """What the method needs of each patch of the call: (patches, layers, ...)."""
+        return recording.extras()
+
     def _reduce_group(
         self,
-        group: list[_Row],
+        group: list[Row],
         k: int,
         features: tuple[Tensor, ...],
         extras: dict[str, Tensor],
@@ -231,19 +238,22 @@ class FeaturesStage:
             # Scores are what they are, whatever precision the model's own products have.
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 reduction = self.method.reduce(tokens, k)
-            self._check(reduction, len(group), k)
+            reduction = reduction.ascending()
+            check_reduction(self.method.name, reduction, len(group), k)
             new = reduction.apply(x)  # (R, k, D and more)
         for i, row in enumerate(group):
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
-    def _check(self, reduction: Reduction, rows: int, k: int) -> None:
-        index, slots = reduction.index, torch.arange(k, device=reduction.index.device)
-        fine = index.shape == (rows, k) and bool((index.diff(dim=1) > 0).all())
-        if not fine or not bool((reduction.source.gather(1, index) == slots).all()):
-            raise RuntimeError(
-                f"method '{self.method.name}' returned index of shape {tuple(index.shape)} where {rows} rows "
-                f"of {k} different ascending positions were due, each in its own slot: mend its reduce()"
-            )
+
+def check_reduction(method: str, reduction: Reduction, rows: int, k: int) -> None:
+    """Raises RuntimeError unless a reduction has k different places for each row, each in its own slot."""
+    index, slots = reduction.index, torch.arange(k, device=reduction.index.device)
+    fine = index.shape == (rows, k) and bool((index.sort(dim=1).values.diff(dim=1) > 0).all())
+    if not fine or not bool((reduction.source.gather(1, index) == slots).all()):
+        raise RuntimeError(
+            f"method '{method}' returned index of shape {tuple(index.shape)} where {rows} rows of {k} "
+            "different positions were due, each in its own slot: mend its reduce()"
+        )
 
 
 @dataclass
@@ -295,7 +305,7 @@ def _noting(original: Any) -> Any:
 
 
 @dataclass
-class _Row:
+class Row:
     """One tile, its budget, and what became of it. A row of no budget stays as it is here: all dropped."""
 
     image: int
@@ -312,12 +322,17 @@ class _Row:
         return len(self.tile.slots)
 
 
-def rows_of(layouts: list[Layout], keep: int | float, allocate: str) -> list[_Row]:
+def rows_of(layouts: list[Layout], keep: int | float, allocate: str) -> list[Row]:
     """What a method is to reduce: each tile of each image, with its share of the image's budget."""
     return [row for image, layout in enumerate(layouts) for row in _rows(image, layout, keep, allocate)]
 
 
-def _rows(image: int, layout: Layout, keep: int | float, allocate: str) -> list[_Row]:
+def whole_rows(layouts: list[Layout]) -> list[Row]:
+    """Each tile of each image with a budget of all its tokens."""
+    return rows_of(layouts, 1.0, "proportional")
+
+
+def _rows(image: int, layout: Layout, keep: int | float, allocate: str) -> list[Row]:
     k, tiles = count_kept(keep, layout.n), layout.tiles
     patches = layout.patches or [None] * len(tiles)
     if allocate == "joint" and len(tiles) > 1:  # they have no common grid
@@ -325,18 +340,16 @@ def _rows(image: int, layout: Layout, keep: int | float, allocate: str) -> list[
         patches = [None if layout.patches is None else torch.cat(patches)]
     split = ALLOCATIONS[allocate]
     shares = [k] if split is None or len(tiles) == 1 else split(k, [len(tile.slots) for tile in tiles])
-    lot = _lot(layout.pixels)
-    return [
-        _Row(image, lot + tile, *row) for tile, row in enumerate(zip(tiles, patches, shares, strict=True))
-    ]
+    lot = lots_of(layout.pixels[None])[0]
+    return [Row(image, lot + tile, *row) for tile, row in enumerate(zip(tiles, patches, shares, strict=True))]
 
 
-def _lot(pixels: Tensor) -> Tensor:
+def lots_of(pictures: Tensor) -> Tensor:
     """A number that the pixels of an image decide, exactly: no batch size or order of summation changes it,
-    and tiles of zeros that pad it to another image's number of tiles add nothing."""
-    sample = pixels.detach().flatten()[::97].contiguous()  # some thousand numbers tell pictures apart
+    and tiles of zeros that pad it to another image's number of tiles add nothing. (B, ...) -> (B,)."""
+    sample = pictures.detach().flatten(1)[:, ::97].contiguous()  # some thousand numbers tell pictures apart
     bits = sample.view(torch.int16 if sample.itemsize == 2 else torch.int32).long()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+    return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(dim=1)
 
 
 def _by_token(extra: Tensor, patches: Tensor) -> Tensor:
@@ -344,7 +357,7 @@ def _by_token(extra: Tensor, patches: Tensor) -> Tensor:
     return extra.to(patches.device)[patches].mean(dim=2).transpose(1, 2)
 
 
-def _assemble(feature: Tensor, layout: Layout, rows: list[_Row]) -> tuple[Tensor, Record]:
+def _assemble(feature: Tensor, layout: Layout, rows: list[Row]) -> tuple[Tensor, Record]:
     """Puts an image's kept tokens in their places and marks all others, newline tokens among them."""
     if all(row.k == row.n for row in rows):
         return feature, _whole(feature, layout)

@@ -1,0 +1,316 @@
+"""The encoder stage: patch tokens are reduced inside the blocks of a vision transformer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import OF_CLS
+from ..hosts.trunk import Trunk
+from ..method import Method
+from ..record import Record, Tile
+from ..schedule import Budget, Schedule, check_budget, counts, show
+from ..taps import refusal
+from ..threads import ByThread
+from ..tokens import Reduction, Tokens
+from .consumers import consumers
+from .features import check_reduction, lots_of
+from .passage import Group, Passage, State
+from .ragged import Ragged, of_group
+from .site import Site
+
+RESTORE = (None, "unmerge")
+CARRY = (None, "gap")
+_RECENT = 16  # forwards whose backward may still come
+
+
+class EncoderStage:
+    """Puts hooks on the blocks of one encoder.
+
+    trunk     the encoder
+    schedule  how a budget is spread over blocks (vtc.schedule)
+    restore   "unmerge": the output of every block has all patches, un-merged
+    carry     "gap": block averages are carried over reductions (arXiv:2501.00243)
+    shown     blocks whose output has all patches in any case, because someone reads it
+    depth     blocks up to the last one that is read; the others reduce nothing
+    """
+
+    name = "encoder"
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        method: Method,
+        keep: Budget,
+        schedule: Schedule,
+        restore: str | None = None,
+        carry: str | None = None,
+        shown: frozenset[int] = frozenset(),
+        depth: int | None = None,
+    ):
+        _check(trunk, method, restore, carry)
+        self.trunk, self.method, self.schedule = trunk, method, schedule
+        self.restore, self.carry, self.shown = restore, carry, shown
+        self.depth = depth or len(trunk.blocks)
+        self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
+        self.keep = self.check(keep)
+        self.sites = [Site(self, number, block) for number, block in enumerate(trunk.blocks)]
+        self._consumers = consumers(self)
+        self._entry: Any = None
+        self._checked: set[int] = set()  # blocks whose reductions were looked at
+        self.finished: Passage | None = None
+        self._clear()
+
+    def check(self, keep: Budget) -> Budget:
+        keep = check_budget(keep)
+        counts(keep, self.schedule, 10_000, self.depth)  # refuses blocks that do not exist
+        return keep
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        told = {"keep": self.keep, "schedule": self.schedule, "restore": self.restore, "carry": self.carry}
+        return {name: value for name, value in told.items() if value is not None}
+
+    def install(self) -> None:
+        self._entry = self.trunk.entry.register_forward_pre_hook(self._start, with_kwargs=True)
+        for part in (*self.sites, *self._consumers):
+            part.install()
+
+    def remove(self) -> None:
+        self._entry.remove()
+        for part in (*self._consumers, *self.sites):
+            part.remove()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._current: ByThread[Passage] = ByThread()
+        self._done: ByThread[Passage] = ByThread()  # what a pooler finds
+        self._collected: ByThread[list[Passage]] = ByThread()
+        self._mapping: ByThread[bool] = ByThread()  # True inside a method that makes maps of the tokens
+        self.classifying: ByThread[bool] = ByThread()  # True inside a model with a head
+        self._recent: deque[Passage] = deque(maxlen=_RECENT)
+
+    # One forward
+
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        pixels = args[0] if args else kwargs["pixel_values"]  # (B, 3, H, W)
+        grids = self.trunk.grids(pixels, args, kwargs)
+        n = pixels.shape[1] if pixels.dim() == 3 else grids[0][0] * grids[0][1]
+        groups = self._groups(grids, n, pixels.device)
+        for site in self.sites:
+            site.tap.follow()
+        maps = bool(self._mapping.get()) or type(self.trunk.tower).__name__.endswith("Backbone")
+        full = self.restore == "unmerge" or maps
+        passage = Passage(groups, n, lots_of(pixels), full, torch.is_grad_enabled())
+        self._current.set(passage)
+        if passage.training:
+            self._recent.append(passage)
+        self.spent = 0.0
+
+    def _groups(self, grids: list[tuple[int, int]], n: int, device: torch.device) -> list[Group]:
+        """Pictures by size, of which each has n patches with its padding."""
+        groups = []
+        for grid in dict.fromkeys(grids):
+            left = counts(self.keep, self.schedule, grid[0] * grid[1], self.depth)
+            left += left[-1:] * (len(self.sites) - self.depth)
+            rows = [row for row, other in enumerate(grids) if other == grid]
+            everyone = len(rows) == len(grids) and grid[0] * grid[1] == n
+            groups.append(Group(None if everyone else torch.tensor(rows, device=device), grid, left))
+        return groups
+
+    def passage(self, block: int, x: Tensor, where: str) -> Passage:
+        """The forward to which a run of a block belongs. In a backward that is an earlier one, because
+        gradient checkpointing runs blocks, or what is in them, a second time."""
+        current = self._current.get()
+        if current is not None and (block, where) not in current.seen and where == "block":
+            if block == 0 and x.shape[1] != self.trunk.prefix + current.n:
+                raise RuntimeError(
+                    f"{x.shape[1] - self.trunk.prefix} patch tokens enter the blocks where the picture has "
+                    f"{current.n}: vtc cannot reduce tokens where patches are dropped or padded before"
+                )
+            self.note(current, block, x, where)
+            return current
+        for passage in reversed(self._recent):
+            seen = passage.seen.get((block, where))
+            if seen is not None and seen.shape == _few(x).shape and torch.equal(seen, _few(x)):
+                return passage
+        raise RuntimeError(
+            f"block {block} of {self.trunk.name} was run by itself: while compressed, call the whole "
+            f"encoder, and backward() at most {_RECENT} forwards later"
+        )
+
+    def note(self, passage: Passage, block: int, x: Tensor, where: str) -> None:
+        passage.seen[block, where] = _few(x).clone() if passage.training else None
+
+    def reduce(
+        self, block: int, passage: Passage, x: Tensor, size: Tensor, extras: dict[str, Tensor]
+    ) -> Reduction:
+        """What leaves a block of the patch tokens x (B, n, D)."""
+        state = passage.state(block)
+        tokens = Tokens(
+            x.detach(),
+            grid=passage.groups[0].grid,
+            place=None if state is None else state.index,
+            size=size,
+            lot=passage.lot,
+            prefix=self.trunk.prefix,
+            layer=block,
+            depth=self.depth,
+            extras=extras,
+        )
+        if passage.padding(block) is None:
+            return self._ask(tokens, passage.width(block))
+        reductions = []
+        for group in passage.groups:
+            part = of_group(tokens, group, block)
+            k = group.left[block]
+            whole = torch.arange(k, device=x.device).expand(len(part.x), -1)
+            reductions.append(self._ask(part, k) if k < part.n else Reduction.select(whole, k))
+        return Ragged.of(passage.groups, reductions, x.shape[1])
+
+    def _ask(self, tokens: Tokens, k: int) -> Reduction:
+        # Scores are what they are, whatever precision the model's own products have.
+        with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
+            reduction = self.method.reduce(tokens, k)
+        if tokens.layer not in self._checked:  # once, since a GPU would have to wait
+            check_reduction(self.method.name, reduction, len(tokens.x), k)
+            self._checked.add(tokens.layer)
+        return reduction
+
+    def carrying(self, passage: Passage, block: int, x: Tensor) -> Tensor:
+        """Carries averages over reductions: behind blocks that reduce, and behind the last but one, all that
+        were taken since stand behind the patches; the last block lets go of them. (B, M, D) -> (B, M', D)."""
+        if self.carry is None:
+            return x
+        takes = [b for b in range(len(self.sites)) if passage.reduces(b) or b == len(self.sites) - 2]
+        if block == len(self.sites) - 1:
+            stop, passage.suffix = x.shape[1] - passage.suffix, 0
+            return x[:, :stop]
+        mean = x[:, self.trunk.prefix : x.shape[1] - passage.suffix].mean(dim=1, keepdim=True)  # (B, 1, D)
+        if block in takes and passage.carried:
+            x = torch.cat([x, *passage.carried], dim=1)
+            passage.suffix += len(passage.carried)
+            passage.carried.clear()
+        if block < takes[-1]:
+            passage.carried.append(mean)
+        return x
+
+    def shows(self, passage: Passage, block: int) -> bool:
+        return passage.full or block in self.shown
+
+    def left(self, passage: Passage, block: int) -> None:
+        """A block is done with."""
+        if passage is self._current.get():
+            self.finished = passage
+            if block == len(self.sites) - 1:
+                self._current.pop()
+                self._done.set(passage)
+                if (collected := self._collected.get()) is not None:
+                    collected.append(passage)
+                passage.short = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Passage]]:
+        """All forwards of the encoder that this thread finishes meanwhile."""
+        passages: list[Passage] = []
+        self._collected.set(passages)
+        try:
+            yield passages
+        finally:
+            self._collected.pop()
+
+    # What reads the tokens
+
+    @contextmanager
+    def mapping(self) -> Iterator[None]:
+        """The encoder is called by something that makes maps of its tokens."""
+        self._mapping.set(True)
+        try:
+            yield
+        finally:
+            self._mapping.pop()
+
+    def sizes(self) -> Tensor | None:
+        """How many patches each token stands for that has left the encoder in this thread, (B, K). None where
+        each is one patch, or all patches are shown."""
+        passage = self._left_reduced()
+        return None if passage is None else passage.state(len(self.sites)).size
+
+    def bias_of(self, tokens: int) -> Tensor | None:
+        """The logarithm of sizes(), for what attends to them and to other tokens in front: (B, tokens)."""
+        passage = self._left_reduced()
+        if passage is None:
+            return None
+        block = len(self.sites)
+        bias = passage.bias(block, tokens - passage.state(block).index.shape[1])
+        return None if bias is None else bias[:, 0, 0]
+
+    def padded(self) -> bool:
+        """Whether padding stands among the tokens that have left the encoder in this thread."""
+        passage = self._left_reduced()
+        return passage is not None and passage.padding(len(self.sites)) is not None
+
+    def _left_reduced(self) -> Passage | None:
+        passage, last = self._done.get(), len(self.sites) - 1
+        if passage is None or last in passage.shown or passage.state(last + 1) is None:
+            return None
+        return passage
+
+    # What is told of it
+
+    @property
+    def left_blocks(self) -> str:
+        """Patch tokens that leave each block, of the last forward."""
+        told = dict.fromkeys(show(group.left) for group in self.finished.groups) if self.finished else ()
+        return "; ".join(told)
+
+    @property
+    def last(self) -> list[Record]:
+        """One record per picture of the last forward."""
+        passage = self.finished
+        return [] if passage is None else [_record(passage, row) for row in range(len(passage.lot))]
+
+
+def _few(x: Tensor) -> Tensor:
+    """Numbers by which the input of a block (B, M, D) is recognised."""
+    return x.detach()[:, 0, :8]
+
+
+def _record(passage: Passage, row: int) -> Record:
+    group = next(g for g in passage.groups if g.rows is None or bool((g.rows == row).any()))
+    every = torch.arange(group.n, device=passage.lot.device)
+    states = dict(sorted(passage.states.items()))
+    blocks = {block: _of_row(state, row, group, block) for block, state in states.items()}
+    index, source = list(blocks.values())[-1] if blocks else (every, every)
+    entering = {"encoder": group.n, "out": len(index)}
+    return Record(index, source, group.grid, [Tile(every, group.grid)], entering, blocks)
+
+
+def _of_row(state: State, row: int, group: Group, block: int) -> tuple[Tensor, Tensor]:
+    index, source = state.index[row : row + 1, : group.left[block]], state.source[row : row + 1, : group.n]
+    whole = Reduction(index, source).ascending()
+    return whole.index[0], whole.source[0]
+
+
+def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None) -> None:
+    if restore not in RESTORE:
+        raise ValueError(f"restore must be 'unmerge' or None, not {restore!r}")
+    if carry not in CARRY:
+        raise ValueError(f"carry must be 'gap' or None, not {carry!r}")
+    if carry and restore:
+        raise ValueError("carry='gap' adds tokens that are no patches, so it goes without restore='unmerge'")
+    kinds = {need.kind for need in method.needs}
+    if "shift" in kinds and not method.after_block:
+        raise ValueError(f"method '{method.name}' needs 'shift', known only behind a block: set after_block")
+    if kinds & set(OF_CLS) and not trunk.has_cls:
+        raise ValueError(
+            f"method '{method.name}' needs a CLS token, which {trunk.name} has not: use a method that reads "
+            "keys or features, such as 'tome'"
+        )
+    if (kinds or method.proportional) and (reason := refusal(trunk.blocks[0].attention)):
+        raise ValueError(f"method '{method.name}' cannot run in {trunk.name}: it needs {reason}")

@@ -1,0 +1,151 @@
+"""The tokens of one forward on their way through the blocks of an encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens import Reduction, gather
+
+
+@dataclass
+class State:
+    """What became of the patches when a block had reduced them.
+
+    reduction  the block's own
+    index      (B, K) the patches whose places the tokens that are left have, in the order of the tokens
+    source     (B, N) the token that each patch has gone into, -1 if it was dropped
+    size       (B, K) how many patches each token stands for; None where each is one patch
+    before     the state that the block found, None where nothing was reduced yet
+    """
+
+    reduction: Reduction
+    index: Tensor
+    source: Tensor
+    size: Tensor | None
+    before: State | None
+
+    @cached_property
+    def soft(self) -> bool:
+        """Whether patches get mixtures of tokens back."""
+        return self.reduction.spread is not None or (self.before is not None and self.before.soft)
+
+    def show(self, x: Tensor, resting: Tensor | None) -> Tensor:
+        """All patches from the tokens that are left: (B, K, D) -> (B, N, D). Dropped ones have their row of
+        `resting` (B, N, D), else zeros."""
+        if not self.soft:
+            return Reduction(self.index, self.source).expand(x, resting)
+        state: State | None = self
+        while state is not None:
+            x, state = state.reduction.expand(x), state.before
+        return x
+
+
+@dataclass
+class Group:
+    """Pictures of one size.
+
+    rows  which of the batch; None for all
+    grid  rows and columns of their patches
+    left  how many patch tokens leave each block
+    """
+
+    rows: Tensor | None
+    grid: tuple[int, int]
+    left: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def found(self, block: int) -> int:
+        """How many patch tokens a block finds."""
+        return self.left[block - 1] if block else self.n
+
+
+@dataclass
+class Passage:
+    """One forward of the encoder.
+
+    groups    its pictures by size; smaller ones have padding behind their patches
+    n         patches of each picture, padding included: N
+    lot       (B,) a number for each picture
+    full      every block shows all N patches, un-merged, to whoever looks at its output
+    training  a backward may run blocks once more
+    seen      a few numbers of what entered each block, by which such a run is recognised
+    carried   averages that wait for the next block that takes them up, and how many stand behind the patches
+    """
+
+    groups: list[Group]
+    n: int
+    lot: Tensor
+    full: bool
+    training: bool
+    states: dict[int, State] = field(default_factory=dict)
+    seen: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
+    shown: set[int] = field(default_factory=set)
+    short: Tensor | None = None
+    carried: list[Tensor] = field(default_factory=list)
+    suffix: int = 0
+
+    def width(self, block: int) -> int:
+        """Patch tokens that leave a block, padding included."""
+        return max(group.left[block] for group in self.groups)
+
+    def reduces(self, block: int) -> bool:
+        return any(group.left[block] < group.found(block) for group in self.groups)
+
+    @property
+    def reduces_any(self) -> bool:
+        return any(group.left[-1] < group.n for group in self.groups)
+
+    def padding(self, block: int) -> Tensor | None:
+        """Which of the tokens that a block finds are padding, (B, n); None where pictures have one size."""
+        if self.groups[0].rows is None:
+            return None
+        real = self.lot.new_zeros(len(self.lot))
+        for group in self.groups:
+            real[group.rows] = group.found(block)
+        width = self.width(block - 1) if block else self.n
+        return torch.arange(width, device=real.device) >= real[:, None]
+
+    def state(self, block: int) -> State | None:
+        """What the block finds: the state after the last one before it that reduced tokens."""
+        earlier = [number for number in self.states if number < block]
+        return self.states[max(earlier)] if earlier else None
+
+    def take(self, block: int, reduction: Reduction, size: Tensor) -> State:
+        """Notes what a block did to the tokens, which stood for `size` (B, n) patches."""
+        before = self.state(block)
+        index, source = reduction.index, reduction.source
+        if before is not None:
+            index = before.index.gather(1, index)
+            source = torch.where(before.source < 0, -1, source.gather(1, before.source.clamp_min(0)))
+        single = reduction.pruned and (before is None or before.size is None)
+        state = State(reduction, index, source, None if single else reduction.sizes(size), before)
+        self.states[block] = state
+        return state
+
+    def bias(self, block: int, prefix: int, sizes: bool = True) -> Tensor | None:
+        """The logarithm of token sizes for attention, (B, 1, 1, M), and that nothing attends to padding;
+        None while all are single patches."""
+        state = self.state(block)
+        if state is None:
+            return None
+        bias = None if state.size is None or not sizes else state.size.clamp_min(1e-6).log()
+        padding = self.padding(block)
+        if padding is not None:
+            bias = torch.zeros(padding.shape, device=padding.device) if bias is None else bias
+            bias = bias.masked_fill(padding, torch.finfo(torch.float16).min)
+        return None if bias is None else F.pad(bias, (prefix, self.suffix))[:, None, None]
+
+    def hide(self, block: int, full: Tensor) -> Tensor:
+        """The tokens that are left from the patches shown: (B, N, D) -> (B, K, D)."""
+        state = self.state(block)
+        if state is None:
+            return full
+        return self.short if state.soft else gather(full, state.index)
