@@ -14,10 +14,13 @@ from ..tokens import Tokens
 class Random(Select):
     """Keeps a random subset, another one for every picture and every seed.
 
-    The same picture always gets the same subset under the same seed, in any batch.
+    The same picture always gets the same subset under the same seed, in any batch. Inside an encoder every
+    block goes by the same draw, so that whichever blocks remove tokens, the same ones are left in the end.
     """
 
     name = "random"
+    stages = ("features", "encoder")
+    schedule = "staged"
 
     seed: int = 0
 
@@ -26,8 +29,8 @@ class Random(Select):
             raise ValueError(f"seed is a whole number, not {self.seed!r}")
 
     def score(self, tokens: Tokens) -> Tensor:
-        rows = []
+        rows, places = [], tokens.grid[0] * tokens.grid[1]
         for lot in tokens.lot.tolist():
             generator = torch.Generator().manual_seed((lot * 1_000_003 + int(self.seed)) % (1 << 63))
-            rows.append(torch.rand(tokens.n, generator=generator))
-        return torch.stack(rows).to(tokens.x.device)  # (B, N)
+            rows.append(torch.rand(places, generator=generator))
+        return torch.stack(rows).to(tokens.x.device).gather(1, tokens.place)  # (B, N)
