@@ -161,6 +161,8 @@ def compress(
             f"this {type(model).__name__} is compressed already ({handle.describe()}): "
             "call vtc.restore(model) first, or pass replace=True"
         )
+    if len(steps) > 1:
+        raise ValueError("the encoder stage and the features stage cannot be combined yet: give one method")
     stages = [_stage(opened, **step) for step in steps]
     # Nothing was touched so far: whatever is refused is refused above.
     if handle is not None:

@@ -198,7 +198,7 @@ def _multihead(
     if bias is None:
         return None
     rows, keys = batched[0].shape[1], batched[1].shape[1]
-    bias = bias.expand(-1, module.num_heads, 1, -1).flatten(0, 1).to(query.dtype)  # (B heads, 1, M)
+    bias = bias.expand(-1, module.num_heads, -1, -1).flatten(0, 1).to(query.dtype)  # (B heads, 1 or M, M)
     # Its fast path for inference, which is for one tensor three times, would write the mask out.
     args = (query, key.view_as(key), value, *args[3:])
     kwargs = {name: given for name, given in kwargs.items() if name not in names}

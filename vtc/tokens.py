@@ -141,19 +141,52 @@ class Reduction:
         """
         if self.mix is not None:
             return (self.mix.float() @ x.float()).to(x.dtype)
-        single = gather(x, self.index)  # (B, K, D)
+        return added(gather(x, self.index), self.change(x, size))
+
+    def change(self, x: Tensor, size: Tensor | None = None) -> Change | None:
+        """What combining adds to the tokens at `index`, of x (B, N, D): None where nothing is merged.
+
+        Only tokens that leave their places have to be looked at. Where a token j joins one at place p, the
+        mean becomes x_p + sum of w_j / W (x_j - x_p), and the sum x_p + sum of w_j x_j + (w_p - 1) x_p.
+        """
         if self.pruned:
-            return single
+            return None
+        if self.mix is not None or self.combine == "mlerp":
+            return self._every_slot(x)
         ones = torch.ones_like(self.source, dtype=torch.float32)
         weight = self.weight if self.weight is not None else size
-        weight = ones if weight is None or self.combine == "mlerp" else weight.float()
-        new = self._sum(x.float() * weight[..., None])
-        if self.combine != "sum":
-            new = new / self._sums(weight)[..., None].clamp_min(1e-12)
-        if self.combine == "mlerp":
-            new = self._lengthened(new, x, single)
-        alone = self._sums(ones) == 1  # (B, K)
-        return torch.where(alone[..., None], single, new.to(x.dtype))
+        weight = ones if weight is None else weight.float()
+        rest = self._rest  # (B, R)
+        slot = self.source.gather(1, rest)
+        gone, slot = slot < 0, slot.clamp_min(0)
+        share = weight.gather(1, rest)
+        if self.combine == "sum":
+            others = (self._sums(ones) - 1).clamp_min(1)  # (B, K) that join each place
+            own = ((weight.gather(1, self.index) - 1) / others).gather(1, slot)
+        else:
+            share = share / self._sums(weight).clamp_min(1e-12).gather(1, slot)
+            own = -share
+        share, own = (part.masked_fill(gone, 0)[..., None] for part in (share, own))
+        places = self.index.gather(1, slot)
+        return slot, gather(x, rest).float() * share + gather(x, places).float() * own
+
+    def _every_slot(self, x: Tensor) -> Change:
+        single = gather(x, self.index).float()
+        new = self.mix.float() @ x.float() if self.mix is not None else self._longest(x, single)
+        return torch.arange(self.k, device=x.device).expand(len(x), -1), new - single
+
+    def _longest(self, x: Tensor, single: Tensor) -> Tensor:
+        """Group means with the length of the longest member (B, K, D); where members cancel out, the token
+        whose place it is gives the direction."""
+        ones = torch.ones_like(self.source, dtype=torch.float32)
+        count = self._sums(ones)[..., None]
+        mean = self._sum(x.float()) / count
+        slot = torch.where(self.source < 0, self.k, self.source)  # dropped tokens go to a spare slot K
+        length = x.float().norm(dim=-1)  # (B, N)
+        longest = length.new_zeros(len(x), self.k + 1).scatter_reduce(1, slot, length, "amax")[:, :-1, None]
+        direction = torch.where(mean.norm(dim=-1, keepdim=True) <= 1e-6 * longest, single, mean)
+        new = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12) * longest
+        return torch.where(count == 1, single, new)
 
     def sizes(self, size: Tensor) -> Tensor:
         """How many patches each slot stands for, where the tokens stood for `size` (B, N): (B, K)."""
@@ -166,17 +199,6 @@ class Reduction:
             return (self.spread.float() @ y.float()).to(y.dtype)
         full, gone = gather(y, self.source.clamp_min(0)), (self.source < 0)[..., None]
         return full.masked_fill(gone, 0) if dropped is None else torch.where(gone, dropped, full)
-
-    def _lengthened(self, mean: Tensor, x: Tensor, single: Tensor) -> Tensor:
-        """Group means (B, K, D) with the length of the longest member; where members cancel out, the token
-        whose place it is gives the direction."""
-        slot = torch.where(self.source < 0, self.k, self.source)  # dropped tokens go to a spare slot K
-        length = x.float().norm(dim=-1)  # (B, N)
-        longest = length.new_zeros(len(x), self.k + 1).scatter_reduce(1, slot, length, "amax")[:, :-1, None]
-        size = mean.norm(dim=-1, keepdim=True)
-        cancelled = size <= 1e-6 * longest
-        direction = torch.where(cancelled, single.float(), mean)
-        return direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12) * longest
 
     def _sums(self, weight: Tensor) -> Tensor:
         return self._sum(weight.float()[..., None])[..., 0]  # (B, N) -> (B, K)
@@ -195,6 +217,18 @@ class Reduction:
         """The positions that are in no slot's place: (B, N - K)."""
         kept = torch.zeros_like(self.source).scatter(1, self.index, 1)
         return kept.argsort(dim=1, stable=True)[:, : self.source.shape[1] - self.k]
+
+
+# Slots (B, R), some several times, and what is added to each (B, R, D).
+Change = tuple[Tensor, Tensor]
+
+
+def added(x: Tensor, change: Change | None) -> Tensor:
+    """x (B, K, D), which may be written to, with a change added in float32."""
+    if change is None:
+        return x
+    slot, more = change
+    return x.float().scatter_add_(1, slot[..., None].expand_as(more), more).to(x.dtype)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..threads import ByThread
 from ..tokens import Reduction, Tokens
 from .consumers import consumers
 from .features import check_reduction, lots_of
-from .passage import Group, Passage, State
+from .passage import Group, Passage, Seen, State
 from .ragged import Ragged, of_group
 from .site import Site
 
@@ -135,17 +135,22 @@ class EncoderStage:
                 )
             self.note(current, block, x, where)
             return current
-        for passage in reversed(self._recent):
-            seen = passage.seen.get((block, where))
-            if seen is not None and seen.shape == _few(x).shape and torch.equal(seen, _few(x)):
+        again = Seen.of(x) if self._recent else None
+        known = [(passage, passage.seen.get((block, where))) for passage in reversed(self._recent)]
+        same = [(passage, seen) for passage, seen in known if seen is not None and seen.same_values(again)]
+        # Where equal pictures went through under several budgets, checkpointing still holds the very tensor.
+        for passage, seen in same:
+            if seen.address == again.address:
                 return passage
+        if same:
+            return same[0][0]
         raise RuntimeError(
             f"block {block} of {self.trunk.name} was run by itself: while compressed, call the whole "
             f"encoder, and backward() at most {_RECENT} forwards later"
         )
 
     def note(self, passage: Passage, block: int, x: Tensor, where: str) -> None:
-        passage.seen[block, where] = _few(x).clone() if passage.training else None
+        passage.seen[block, where] = Seen.of(x) if passage.training else None
 
     def reduce(
         self, block: int, passage: Passage, x: Tensor, size: Tensor, extras: dict[str, Tensor]
@@ -274,11 +279,6 @@ class EncoderStage:
         """One record per picture of the last forward."""
         passage = self.finished
         return [] if passage is None else [_record(passage, row) for row in range(len(passage.lot))]
-
-
-def _few(x: Tensor) -> Tensor:
-    """Numbers by which the input of a block (B, M, D) is recognised."""
-    return x.detach()[:, 0, :8]
 
 
 def _record(passage: Passage, row: int) -> Record:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..tokens import Reduction, Tokens, gather
+from ..tokens import Change, Reduction, Tokens, gather
 from .passage import Group
 
 
@@ -55,6 +55,12 @@ class Ragged(Reduction):
             source[rows, :found] = part.source
         pruned = all(part.pruned for part in parts)
         return cls(index, source, pruned=pruned, rows=[group.rows for group in groups], parts=parts)
+
+    def change(self, x: Tensor, size: Tensor | None = None) -> Change | None:
+        if self.pruned:
+            return None
+        slots = torch.arange(self.k, device=x.device).expand(len(x), -1)
+        return slots, (self.apply(x, size) - gather(x, self.index)).float()
 
     def apply(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         new = gather(x, self.index)  # (B, K, D)

@@ -19,7 +19,7 @@ from ..capture import computed
 from ..hosts.trunk import Block
 from ..taps import Call, Tap
 from ..threads import ByThread
-from ..tokens import Reduction, gather
+from ..tokens import Change, Reduction, added, gather
 from .passage import Passage
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Visit:
     extras: dict[str, Tensor] = field(default_factory=dict)
     shown: Tensor | None = None  # (B, N, D) all patches as the block before showed them
     middle: Tensor | None = None  # (B, M, D) in front of norm2
-    shift: Tensor | None = None  # (B, K, D) what merging did to the tokens that stay
+    change: Change | None = None  # what merging added to the tokens that stay
 
 
 class Site:
@@ -131,9 +131,8 @@ class Site:
             return None
         front, x, back = self._parts(args[0], visit.passage)
         reduction, size = self._reduction(visit, x)
-        new = reduction.apply(x, size)  # (B, K, D)
-        if not reduction.pruned:
-            visit.shift = new - gather(x, reduction.index)
+        visit.change = reduction.change(x, size)
+        new = added(gather(x, reduction.index), visit.change)  # (B, K, D)
         return (torch.cat([front, new, back], dim=1),)
 
     def _lengthen(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -175,7 +174,11 @@ class Site:
             new = reduction.apply(patches, size)
         else:
             new = gather(patches, visit.passage.states[self.number].reduction.index)
-            new = new if visit.shift is None else new + visit.shift
+            if visit.change is not None and new.requires_grad and not visit.change[1].requires_grad:
+                raise RuntimeError(
+                    "merged tokens would get no gradient: give gradient checkpointing use_reentrant=False"
+                )
+            new = added(new, visit.change)
         return torch.cat([front, new, back], dim=1)
 
     def _show(self, visit: _Visit, x: Tensor, new: Tensor) -> Tensor:
