@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .images import open_image
 from .record import WHOLE, Box, Record, Tile
-from .views import place
+from .sheet import GAP, INK, PAPER, below_each_other, contact_sheet, side_by_side
+from .views import after, place, reducing, tiles_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LONG_SIDE = 576  # pixels of the drawn image's long side, about
-GAP = 16  # pixels between pictures
-FRAMES = 4  # of a video, in one row
-INK, PAPER = (36, 41, 47), (255, 255, 255)
+COLUMNS = 4  # frames of a video, or blocks of an encoder, in one row
+BLOCKS = 12  # on one sheet
 DROPPED = -1  # in maps of slots: the token there was dropped
 OUTSIDE = -2  # in maps of slots: no token looks at these pixels
 
@@ -31,6 +31,7 @@ def draw(
     handle: Any,
     *,
     processor: Any = None,
+    block: int | str | None = None,
     caption: bool | str = True,
     long_side: int = LONG_SIDE,
 ) -> Image:
@@ -40,12 +41,18 @@ def draw(
                each video, after the images, a list of its frames
     handle     what `compress()` returned, or a `Record` or a list of them
     processor  tells which part of an image the model saw, and which tiles are one image's where the model
-               does not know it; without one, an image of one tile is taken to be cropped to the shape of its
-               grid, as CLIP's processor does
+               does not know it: a processor or image processor of transformers, or any other transform that
+               makes a tensor of a PIL image without drawing lots. Without one, an image of one tile is taken
+               to be cropped to the shape of its grid, as CLIP's processor does, and an encoder by itself to
+               have seen all of it
+    block      of an encoder that reduces tokens inside: 6 for the tokens that leave block 6; "all" for a
+               sheet with a panel for each block that reduced tokens, for 12 of them if there are more. None
+               for what is left in the end
     caption    False for none, a text of your own, or True for method, budget and counts
-    long_side  size in pixels, rounded so that every token covers the same whole number of pixels
-    Raises ValueError where the model has not run, the numbers of images differ, a video has no frames, or
-    tokens are queries of a resampler.
+    long_side  size in pixels, rounded so that every token covers the same whole number of pixels; on a sheet
+               of blocks a panel has half of it
+    Raises ValueError where the model has not run, the numbers of images differ, a video has no frames,
+    tokens are queries of a resampler, or no block up to the given one reduced tokens.
     """
     images = images if isinstance(images, (list, tuple)) else [images]
     images = [_opened(image) for image in images]
@@ -58,45 +65,47 @@ def draw(
             "cannot be drawn: handle.last tells which of them stayed"
         )
     records = place(images, records, processor)
-    pairs = zip(images, records, strict=True)
-    pictures = [_picture(image, record, processor is None, long_side) for image, record in pairs]
-    if caption is False:
-        return _side_by_side(pictures)
-    captions = [caption if isinstance(caption, str) else _caption(handle, record) for record in records]
-    return contact_sheet(pictures, captions, len(pictures))
+    pictures, captions = [], []
+    for image, record in zip(images, records, strict=True):
+        cropped = processor is None and not _bare(record)
+        if block == "all":
+            pictures.append(_blocks_sheet(image, record, cropped, long_side // 2, caption is not False))
+        else:
+            record = record if block is None else after(record, block)
+            pictures.append(_picture(image, record, cropped, long_side))
+        captions.append(caption if isinstance(caption, str) else _caption(handle, record, block))
+    return side_by_side(pictures) if caption is False else contact_sheet(pictures, captions, len(pictures))
 
 
-def contact_sheet(images: list[Image], captions: list[str] | None = None, columns: int = 4) -> Image:
-    """Lays pictures out in rows, centred in cells of one size, under each a caption of one or more lines."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    captions = [""] * len(images) if captions is None else captions
-    if len(captions) != len(images):
-        raise ValueError(f"{len(images)} pictures need as many captions, not {len(captions)}")
-    font = ImageFont.load_default(15)
-    lines = max(len(caption.splitlines()) for caption in captions)
-    widest = max(font.getlength(line) for caption in captions for line in caption.split("\n"))
-    width = max([math.ceil(widest)] + [image.width for image in images])
-    height = max(image.height for image in images)
-    footer = 10 + 20 * lines if lines else 0
-    columns = max(1, min(columns, len(images)))
-    rows = math.ceil(len(images) / columns)
-    size = columns * (width + GAP) + GAP, rows * (height + footer + GAP) + GAP
-    sheet = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        row, column = divmod(i, columns)
-        left, top = GAP + column * (width + GAP), GAP + row * (height + footer + GAP)
-        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        under = left + width // 2, top + height + 8
-        pen.multiline_text(under, caption, INK, font, anchor="ma", align="center", spacing=5)
-    return sheet
+def _caption(handle: Any, record: Record, block: int | str | None) -> str:
+    parts = [
+        " + ".join(f"{method.name}, {_budget(told['keep'])}" for method, told in getattr(handle, "plan", []))
+    ]
+    parts += [f"block {block}"] if isinstance(block, Integral) else []
+    parts += [f"{len(record.index)} of {len(record.source)} tokens"]
+    return "  ·  ".join(part for part in parts if part)
 
 
-def _caption(handle: Any, record: Record) -> str:
-    counts = f"{len(record.index)} of {len(record.source)} tokens"
-    steps = [f"{method.name}, keep {options['keep']:g}" for method, options in getattr(handle, "plan", [])]
-    return "  ·  ".join([" + ".join(steps), counts] if steps else [counts])
+def _budget(keep: Any) -> str:
+    return f"keep {keep:g}" if isinstance(keep, Real) else "keep by block"
+
+
+def _bare(record: Record) -> bool:
+    """Whether no language model comes behind the encoder."""
+    return "encoder" in record.entering and "decoder" not in record.entering
+
+
+def _blocks_sheet(image: Any, record: Record, cropped: bool, long_side: int, captioned: bool) -> Image:
+    blocks = reducing(record)
+    if len(blocks) > BLOCKS:
+        blocks = [blocks[round(i * (len(blocks) - 1) / (BLOCKS - 1))] for i in range(BLOCKS)]
+    left = [after(record, block) for block in blocks]
+    panels = [_picture(image, state, cropped, long_side) for state in left]
+    counts = [f"{len(state.index)} token{'s' * (len(state.index) > 1)}" for state in left]
+    captions = [f"block {block}: {count}" for block, count in zip(blocks, counts)] if captioned else None
+    rows = math.ceil(len(panels) / COLUMNS)
+    sheet = contact_sheet(panels, captions, math.ceil(len(panels) / rows))
+    return sheet.crop((GAP, GAP, sheet.width - GAP, sheet.height - GAP))  # without its margin
 
 
 def _opened(image: Any) -> Image | list[Image]:
@@ -112,7 +121,7 @@ def _picture(image: Image | list[Image], record: Record, cropped: bool, long_sid
             f"{len(record.tiles)} frames, or tiles whose places are not known, cannot be drawn on one "
             "picture: give a list with a picture of each"
         )
-    tiles = record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
+    tiles = tiles_of(record)
     thumbnails = [tile for tile in tiles if tile.thumbnail]
     crops = [tile for tile in tiles if not tile.thumbnail]
     if not crops:
@@ -121,7 +130,7 @@ def _picture(image: Image | list[Image], record: Record, cropped: bool, long_sid
         crops = [replace(crops[0], box=_centre(image, crops[0].grid))]
     panels = [_panel(*_cut(image, crops), record, long_side)]
     panels += [_panel(image, [tile], record, long_side // 2) for tile in thumbnails]
-    return _side_by_side(panels)
+    return side_by_side(panels)
 
 
 def _is_film(record: Record) -> bool:
@@ -138,8 +147,8 @@ def _film(frames: list[Image], record: Record, long_side: int) -> Image:
         raise ValueError(f"{len(frames)} frames were given for a video of which the model saw {len(tiles)}")
     chosen = [frames[i * len(frames) // len(tiles)] for i in range(len(tiles))]
     panels = [_panel(frame, [tile], record, long_side // 2) for frame, tile in zip(chosen, tiles)]
-    rows = [_side_by_side(panels[i : i + FRAMES]) for i in range(0, len(panels), FRAMES)]
-    return _below_each_other(rows)
+    rows = [side_by_side(panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+    return below_each_other(rows)
 
 
 def _centre(image: Image, grid: tuple[int, int]) -> Box:
@@ -233,27 +242,3 @@ def _outline(pixels: np.ndarray, regions: np.ndarray) -> None:
             ink[side] |= outer
     pixels[white[1:-1, 1:-1]] = PAPER
     pixels[ink[1:-1, 1:-1]] = INK
-
-
-def _side_by_side(panels: list[Image]) -> Image:
-    from PIL import Image
-
-    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
-    row = Image.new("RGB", (width, max(panel.height for panel in panels)), PAPER)
-    left = 0
-    for panel in panels:
-        row.paste(panel, (left, 0))
-        left += panel.width + GAP
-    return row
-
-
-def _below_each_other(rows: list[Image]) -> Image:
-    from PIL import Image
-
-    height = sum(row.height for row in rows) + GAP * (len(rows) - 1)
-    sheet = Image.new("RGB", (max(row.width for row in rows), height), PAPER)
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height + GAP
-    return sheet

@@ -228,12 +228,22 @@ def added(x: Tensor, change: Change | None) -> Tensor:
     if change is None:
         return x
     slot, more = change
-    return x.float().scatter_add_(1, slot[..., None].expand_as(more), more).to(x.dtype)
+    total = x.float().contiguous()
+    total.flatten(0, 1).index_add_(0, _rows(slot, x.shape[1]), more.flatten(0, 1))
+    return total.to(x.dtype)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, N, D) at index (B, K): (B, K, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    if not x.is_contiguous():
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
+    # On a CPU several times as fast as x.gather().
+    return x.flatten(0, 1).index_select(0, _rows(index, x.shape[1])).view(*index.shape, x.shape[2])
+
+
+def _rows(index: Tensor, n: int) -> Tensor:
+    """Positions (B, K) in rows of n as positions in all rows one after the other: (B K,)."""
+    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def check_keep(keep: int | float) -> int | float:

@@ -1,8 +1,11 @@
-"""Which part of a picture each of a model's views of it shows, and which records are of one picture."""
+"""Which part of a picture each of a model's views of it shows, which records are of one picture, and what was
+left of it behind a block."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from .record import WHOLE, Box, Record, Tile
 
-NEAR = 0.05  # of a view's side: a view that begins so close to a multiple of its size begins there
+NEAR = 0.05  # of a view's side: a tile that begins so close to a multiple of its size begins there
+NEARER = 0.01  # a picture's only view, of which timm may crop but a little
 
 
 def place(images: list[Any], records: list[Record], processor: Any) -> list[Record]:
@@ -38,21 +42,74 @@ def join(records: list[Record]) -> Record:
     """The records of a picture's views as one."""
     if len(records) == 1:
         return records[0]
-    index, source, tiles, n, k = [], [], [], 0, 0
-    for record in records:
-        index.append(record.index + n)
-        source.append(torch.where(record.source < 0, -1, record.source + k))
-        tiles += [replace(tile, slots=tile.slots + n) for tile in record.tiles]
-        n, k = n + len(record.source), k + len(record.index)
+    index, source = _end_to_end([(record.index, record.source) for record in records])
+    starts = np.cumsum([0] + [len(record.source) for record in records]).tolist()
+    tiles = [
+        replace(tile, slots=tile.slots + start)
+        for start, record in zip(starts, records)
+        for tile in record.tiles
+    ]
     entering = {part: sum(record.entering[part] for record in records) for part in records[0].entering}
-    return Record(torch.cat(index), torch.cat(source), records[-1].grid, tiles, entering)
+    common = sorted(set.intersection(*(set(record.blocks) for record in records)))
+    blocks = {block: _end_to_end([record.blocks[block] for record in records]) for block in common}
+    return Record(index, source, records[-1].grid, tiles, entering, blocks)
+
+
+def _end_to_end(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The (index, source) of several rows of tokens as of one."""
+    index, source, n, k = [], [], 0, 0
+    for kept, slots in states:
+        index.append(kept + n)
+        source.append(torch.where(slots < 0, -1, slots + k))
+        n, k = n + len(slots), k + len(kept)
+    return torch.cat(index), torch.cat(source)
+
+
+def after(record: Record, block: int | str) -> Record:
+    """What was left of an image's patches behind a block. Raises ValueError where nothing was reduced yet."""
+    if not isinstance(block, Integral) or isinstance(block, bool):
+        raise ValueError(f"block must be the number of a block, 'all' or None, not {block!r}")
+    blocks = reducing(record)
+    if block < blocks[0]:
+        raise ValueError(f"no block up to {block} reduced tokens, the first that did is block {blocks[0]}")
+    index, source = record.blocks[max(b for b in blocks if b <= block)]
+    return replace(record, index=index, source=source, tiles=_patches(record, len(source)))
+
+
+def _patches(record: Record, n: int) -> list[Tile]:
+    """The tiles of an image as its encoder has them, n patches one tile after the other: a model may make one
+    token of several patches, and put newline tokens between them."""
+    tiles = tiles_of(record)
+    cells = sum(tile.grid[0] * tile.grid[1] for tile in tiles)
+    side = math.isqrt(n // cells)  # of the patches that are one token
+    if side * side * cells != n:
+        raise ValueError(f"{n} patches cannot be laid on {cells} places: draw the final state, without block")
+    grids = [(side * tile.grid[0], side * tile.grid[1]) for tile in tiles]
+    rows = torch.arange(n).split([rows * cols for rows, cols in grids])
+    return [replace(tile, slots=slots, grid=grid) for tile, slots, grid in zip(tiles, rows, grids)]
+
+
+def tiles_of(record: Record) -> list[Tile]:
+    """Its tiles, or the one that it is."""
+    return record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
+
+
+def reducing(record: Record) -> list[int]:
+    """The blocks of the encoder that reduced tokens. Raises ValueError where none did."""
+    if not record.blocks:
+        raise ValueError(
+            "no block of an encoder reduced tokens in this forward, so there is nothing to draw by block: "
+            "compress with stage='encoder' and a keep below 1, or leave block out"
+        )
+    return sorted(record.blocks)
 
 
 def views(processor: Any, size: tuple[int, int]) -> list[Box]:
     """The box of each view that a processor makes of a picture of this size (width, height), in the order in
     which it hands them over; [] where it hands over no pictures. Padding lies outside of the picture.
 
-    The processor is asked: it gets a picture that grows brighter to the right and downwards.
+    The processor, or a transform that makes a tensor of one picture, is asked: it gets a picture that grows
+    brighter to the right and downwards.
     """
     if processor is None:
         return []
@@ -65,7 +122,8 @@ def views(processor: Any, size: tuple[int, int]) -> list[Box]:
     shares = (
         (ramp - black) / (white - black)
     ).double()  # whatever the normalisation; NaN where it is padding
-    return [_box(share, size) for share in shares if not share[:2].isnan().all()]
+    shares = [share for share in shares if not share[:2].isnan().all()]
+    return [_box(share, size, NEARER if len(shares) == 1 else NEAR) for share in shares]
 
 
 def _probes(ramps: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -81,40 +139,44 @@ def _pixels(processor: Any, picture: np.ndarray) -> Tensor | None:
 
     image = Image.fromarray(picture)
     if hasattr(processor, "tokenizer"):
-        inputs = encode(processor, ["?"], [image])
-    else:  # an image processor
-        inputs = processor(images=[image], return_tensors="pt")
-    pixels = inputs.get("pixel_values")
+        pixels = encode(processor, ["?"], [image]).get("pixel_values")
+    elif hasattr(processor, "model_input_names"):  # an image processor
+        pixels = processor(images=[image], return_tensors="pt").get("pixel_values")
+    else:  # a transform
+        pixels = processor(image)
+        if not isinstance(pixels, Tensor):  # which leaves it a PIL image
+            pixels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        pixels = pixels.float()[None]
     return None if pixels is None or pixels.dim() < 4 else pixels.flatten(0, -4)
 
 
-def _box(share: Tensor, size: tuple[int, int]) -> Box:
+def _box(share: Tensor, size: tuple[int, int], near: float) -> Box:
     """share (3, H, W): between which pixels of the picture each pixel lies, 0 the first and 1 the last."""
     width, height = size  # the first pixel has its centre half a pixel from the edge
-    left, right = _ends((share[0].nanmean(dim=0) * (width - 1) + 0.5) / width)
-    top, bottom = _ends((share[1].nanmean(dim=1) * (height - 1) + 0.5) / height)
+    left, right = _ends((share[0].nanmean(dim=0) * (width - 1) + 0.5) / width, near)
+    top, bottom = _ends((share[1].nanmean(dim=1) * (height - 1) + 0.5) / height, near)
     return left, top, right, bottom
 
 
-def _ends(places: Tensor) -> tuple[float, float]:
+def _ends(places: Tensor, near: float) -> tuple[float, float]:
     """Where a row of pixels begins and ends, whose centres lie at `places`, NaN in padding."""
     known = (~places.isnan()).nonzero()[:, 0]
     first, last = known[0], known[-1]
     step = (places[last] - places[first]) / (last - first).clamp_min(1)
     start = places[first] - (first + 0.5) * step
     size = step * len(places)
-    return _near(start, size), _near(start + size, size)
+    return _near(start, size, near), _near(start + size, size, near)
 
 
-def _near(place: Tensor, size: Tensor) -> float:
+def _near(place: Tensor, size: Tensor, near: float) -> float:
     count = max(1, round(1 / size.item()))
     multiple = round(place.item() * count) / count
-    return multiple if abs(place.item() - multiple) < NEAR / count else place.item()
+    return multiple if abs(place.item() - multiple) < near / count else place.item()
 
 
 def _located(record: Record, boxes: list[Box]) -> Record:
     """The tiles where the views lie. Tiles of different grids were cut, to places that the model knows."""
-    tiles = record.tiles or [Tile(torch.arange(len(record.source)), record.grid)]
+    tiles = tiles_of(record)
     if len(boxes) != len(tiles) or len({tile.grid for tile in tiles}) > 1:
         return record
     several = len(boxes) > 1

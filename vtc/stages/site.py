@@ -129,23 +129,23 @@ class Site:
         visit.middle = args[0]
         if self.stage.method.after_block:
             return None
-        front, x, back = self._parts(args[0], visit.passage)
+        x = self._parts(args[0], visit.passage)[1]
         reduction, size = self._reduction(visit, x)
         visit.change = reduction.change(x, size)
-        new = added(gather(x, reduction.index), visit.change)  # (B, K, D)
-        return (torch.cat([front, new, back], dim=1),)
+        return (self._kept(visit, args[0]),)
 
     def _lengthen(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Puts the MLP's output to the places of the tokens that stay: (B, M - n + K, D) -> (B, M, D)."""
+        """Puts the MLP's output to the places of the tokens that stay: (B, M - n + K, D) -> (B, M, D). Nobody
+        looks at what is in the other places, unless dropped tokens are shown, which rest as they were."""
         visit = self._visits.get()
         if visit is None or self.stage.method.after_block or not self._reduces(visit.passage):
             return None
-        front, y, back = self._parts(output, visit.passage)
-        index = visit.passage.states[self.number].reduction.index
-        places = index[..., None].expand(-1, -1, y.shape[2])
-        n = visit.middle.shape[1] - front.shape[1] - back.shape[1]
-        full = y.new_zeros(len(y), n, y.shape[2]).scatter(1, places, y)
-        return torch.cat([front, full, back], dim=1)
+        reduction = visit.passage.states[self.number].reduction
+        full = gather(output, self._places(reduction.source.clamp_min(0), reduction.k, visit.passage))
+        if self.stage.shows(visit.passage, self.number):
+            patches = self._parts(full, visit.passage)[1]
+            patches.masked_fill_(reduction.source[..., None] < 0, 0)
+        return full
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Takes the tokens that stay from the block's output, or shows all patches where someone looks."""
@@ -171,15 +171,12 @@ class Site:
                 branch = patches - self._parts(visit.middle, visit.passage)[1]
                 visit.extras["shift"] = branch.detach().float().norm(dim=-1)[:, None]  # (B, 1, n)
             reduction, size = self._reduction(visit, patches)
-            new = reduction.apply(patches, size)
-        else:
-            new = gather(patches, visit.passage.states[self.number].reduction.index)
-            if visit.change is not None and new.requires_grad and not visit.change[1].requires_grad:
-                raise RuntimeError(
-                    "merged tokens would get no gradient: give gradient checkpointing use_reentrant=False"
-                )
-            new = added(new, visit.change)
-        return torch.cat([front, new, back], dim=1)
+            return torch.cat([front, reduction.apply(patches, size), back], dim=1)
+        if visit.change is not None and x.requires_grad and not visit.change[1].requires_grad:
+            raise RuntimeError(
+                "merged tokens would get no gradient: give gradient checkpointing use_reentrant=False"
+            )
+        return self._kept(visit, x)
 
     def _show(self, visit: _Visit, x: Tensor, new: Tensor) -> Tensor:
         """All patches un-merged: (B, prefix + K, D) -> (B, prefix + N, D). Dropped ones rest as they were."""
@@ -211,6 +208,23 @@ class Site:
         """CLS and registers, patches, carried averages."""
         stop = x.shape[1] - passage.suffix
         return x[:, : self.prefix], x[:, self.prefix : stop], x[:, stop:]
+
+    def _kept(self, visit: _Visit, x: Tensor) -> Tensor:
+        """The tokens of a sequence that stay, merged: (B, M, D) -> (B, M - n + K, D)."""
+        reduction = visit.passage.states[self.number].reduction
+        new = gather(x, self._places(reduction.index, reduction.source.shape[1], visit.passage))
+        if visit.change is None:
+            return new
+        slot, more = visit.change
+        return added(new, (slot + self.prefix, more))
+
+    def _places(self, places: Tensor, count: int, passage: Passage) -> Tensor:
+        """Places among `count` patch tokens as places in the sequence, with those of all other tokens around
+        them: (B, K) -> (B, prefix + K + suffix)."""
+        front = torch.arange(self.prefix, device=places.device)
+        back = torch.arange(passage.suffix, device=places.device) + self.prefix + count
+        rows = len(places)
+        return torch.cat([front.expand(rows, -1), places + self.prefix, back.expand(rows, -1)], dim=1)
 
     def _reduction(self, visit: _Visit, x: Tensor) -> tuple[Reduction, Tensor]:
         """What the method makes of patch tokens (B, n, D), and their sizes (B, n)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..hosts.trunk import open_trunk
 from ..method import Merge, Method
 from ..record import Record
 from ..schedule import Budget, Schedule
+from ..threads import ByThread
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderStage
 from .features import FeaturesStage, Row, whole_rows
@@ -22,8 +24,9 @@ from .passage import Passage
 
 class TowerStage:
     """Where the model reads the tower it finds all patches, a merged token in the place of each of its
-    members. Of equal tokens the prompt then keeps one, and none of those that were dropped. A token that the
-    model makes of several patches stays, so that such models save work in the tower only."""
+    members. Of the members the prompt then keeps the one whose place the token has, and none of those that
+    were dropped. An image whose tokens are made of several patches stays whole, so that models that make
+    them of all images save work in the tower only."""
 
     name = "encoder"
 
@@ -43,7 +46,7 @@ class TowerStage:
             raise ValueError(f"{vision.host.name} has a tower of its own for videos: use stage='features'")
         self.vision = vision
         trunk = open_trunk(vision.encoder.tower)
-        read = _read(vision, len(trunk.blocks))
+        read = _read(vision, len(trunk.blocks), _layers(vision))
         shown = frozenset(read) | {len(trunk.blocks) - 1}
         self.encoder = EncoderStage(
             trunk, method, self._fraction(keep), schedule, None, None, shown, max(read) + 1
@@ -88,11 +91,11 @@ class TowerStage:
     @property
     def last(self) -> list[Record]:
         """Images of the last forward; with what each block did where an image is one row of the tower."""
-        records, rows = self.following.last, self.encoder.last
-        if len(records) == len(rows):
-            for record, row in zip(records, rows, strict=True):
+        records, passage = self.following.singles
+        if passage is not None and passage is self.encoder.finished:
+            for record, row in zip(records, self.encoder.last, strict=True):
                 record.blocks = row.blocks
-        return records
+        return self.following.last
 
     def install(self) -> None:
         self.encoder.install()
@@ -103,80 +106,124 @@ class TowerStage:
         self.encoder.remove()
 
 
-def _read(vision: Vision, depth: int) -> list[int]:
+Layers = int | list[int] | tuple[int, ...]
+
+
+def _layers(vision: Vision) -> Layers:
+    """The hidden states of the tower that the model reads unless it is called otherwise."""
+    return getattr(vision.base.config, "vision_feature_layer", -1)
+
+
+def _read(vision: Vision, depth: int, layers: Layers) -> list[int]:
     """The blocks whose output the model reads."""
     if vision.host.deep or vision.host.features != "pooler_output":
         return list(range(depth))
-    layers = getattr(vision.base.config, "vision_feature_layer", -1)
-    layers = [layers] if isinstance(layers, int) else list(layers or [-1])
+    layers = [layers] if isinstance(layers, int) else layers
     # Counted over hidden states, of which the first is what enters block 0.
     return [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers]
 
 
 @dataclass
 class _Equal(Merge):
-    """Keeps the first of all tokens that are one token of the encoder."""
+    """Of all tokens that are one token of the encoder, keeps the one whose place that has."""
 
     name = "equal"
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:
-        rows = [_firsts(group.long()) for group in tokens.group_in_encoder[:, 0]]
-        index, source = (torch.stack(parts) for parts in zip(*rows))
+        rows = zip(tokens.place_in_encoder[:, 0].long(), tokens.patch[:, 0].long())
+        index, source = (torch.stack(parts) for parts in zip(*(_standing(*row) for row in rows)))
         return Reduction(index, source, pruned=True)
 
 
-def _firsts(group: Tensor) -> tuple[Tensor, Tensor]:
-    """group (n,), -1 for none -> the first place of each group, ascending, and each token's slot (n,)."""
-    names, member = group.unique(return_inverse=True)
-    places = torch.arange(len(group), device=group.device)
-    first = places.new_full((len(names),), len(group)).scatter_reduce(0, member, places, "amin")
-    first = first[names >= 0]
+def _standing(place: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token the patch that it is, and the patch whose place its group has, -1 for none, both (n,) ->
+    the tokens that stay, ascending, and each token's slot (n,). Where un-padding has cut off the place of a
+    group its first member stays."""
+    n = len(place)
+    groups, member = place.unique(return_inverse=True)
+    order = torch.arange(n, device=place.device)
+    order = torch.where(place == patch, order - n, order)  # in front of all other members
+    first = order.new_full(groups.shape, n).scatter_reduce(0, member, order, "amin") % n
+    first = first[groups >= 0]
     index = first.sort().values
     slot = torch.searchsorted(index, first)
-    of_name = torch.full((len(names),), -1, device=group.device).masked_scatter(names >= 0, slot)
-    return index, of_name[member]
+    slots = torch.full_like(groups, -1).masked_scatter(groups >= 0, slot)
+    return index, slots[member]
 
 
 class _Following(FeaturesStage):
-    """Shortens prompts to the tokens that have left the tower."""
+    """Shortens prompts to the tokens that have left the tower.
+
+    singles  the records of the last call of the tower and what it was, where each image is one row of it
+    """
 
     def __init__(self, vision: Vision, encoder: EncoderStage):
         self.encoder = encoder
+        self.singles: tuple[list[Record], Passage | None] = ([], None)
+        self._passages: ByThread[list[Passage]] = ByThread()
         super().__init__(vision, _Equal(), encoder.keep, "keep", "proportional")
 
     def check(self, keep: Budget) -> Budget:
         return keep
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self.encoder.collecting() as self._passages:
+        if self._passages.get() is not None:  # videos may go through the method for images
             return super().features(name, base, *args, **kwargs)
+        self._check_layers(inspect.signature(self.sources[name].original).bind(base, *args, **kwargs))
+        with self.encoder.collecting() as passages:
+            self._passages.set(passages)
+            try:
+                return super().features(name, base, *args, **kwargs)
+            finally:
+                self._passages.pop()
+
+    def _check_layers(self, given: inspect.BoundArguments) -> None:
+        asked = given.arguments.get("vision_feature_layer")
+        asked = _layers(self.vision) if asked is None else asked
+        blocks = _read(self.vision, len(self.encoder.sites), asked)
+        if not self.encoder.shown.issuperset(blocks):
+            raise ValueError(
+                f"vision_feature_layer={asked} is not what the model read when its tower was compressed: set "
+                "it in model.config, then call compress() with replace=True"
+            )
+
+    def _reduce(
+        self, rows: list[Row], features: tuple[Tensor, ...], layouts: list[Layout], *more: Any
+    ) -> tuple[list[Tensor], list[Record]]:
+        reduced, records = super()._reduce(rows, features, layouts, *more)
+        passages = self._passages.get()
+        single = len(passages) == 1 and len(passages[0].lot) == len(records)
+        self.singles = (records, passages[0]) if single else ([], None)
+        return reduced, records
 
     def _rows(self, layouts: list[Layout]) -> list[Row]:
         rows = whole_rows(layouts)
-        patches = [row.patches for row in rows]
-        if any(part is None or part.shape[1] != 1 for part in patches):
-            return rows
-        groups = self._groups()
+        whole = {row.image for row in rows if row.patches is None or row.patches.shape[1] > 1}
+        places = self._places()
         for row in rows:
-            group = groups[row.patches[:, 0].to(groups.device)]
-            row.k = len(group[group >= 0].unique())
+            if row.image not in whole:
+                own = places[row.patches[:, 0].to(places.device)]
+                row.k = len(own[own >= 0].unique())
         return rows
 
     def _extras(self, recording: Any) -> dict[str, Tensor]:
-        return {"group_in_encoder": self._groups()[:, None].double()}
+        places = self._places()[:, None].double()
+        return {"place_in_encoder": places, "patch": torch.arange(len(places)).to(places)[:, None]}
 
-    def _groups(self) -> Tensor:
-        """The token that each patch of the call has gone into, counted over all rows; -1: dropped. (P,)"""
+    def _places(self) -> Tensor:
+        """For each patch of the call the one whose place the token has that it has gone into, both counted
+        over all rows of the tower; -1: dropped. (P,)"""
         found, start = [], 0
-        for passage in self._passages:
-            source = _source(passage)  # (B, N)
-            first = torch.arange(len(source), device=source.device)[:, None] * passage.n + start
-            found.append(torch.where(source < 0, -1, source + first).flatten())
-            start += source.numel()
+        for passage in self._passages.get():
+            place = _place(passage)  # (B, N)
+            first = torch.arange(len(place), device=place.device)[:, None] * passage.n + start
+            found.append(torch.where(place < 0, -1, place + first).flatten())
+            start += place.numel()
         return torch.cat(found)
 
 
-def _source(passage: Passage) -> Tensor:
+def _place(passage: Passage) -> Tensor:
     state = passage.state(len(passage.groups[0].left))
-    every = torch.arange(passage.n, device=passage.lot.device)
-    return every.expand(len(passage.lot), -1) if state is None else state.source
+    if state is None:
+        return torch.arange(passage.n, device=passage.lot.device).expand(len(passage.lot), -1)
+    return torch.where(state.source < 0, -1, state.index.gather(1, state.source.clamp_min(0)))
