@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
-from vtc.cost import _peak_memory, compare, profile, versions
+from vtc.cost import compare, peak_memory, profile, versions
 from vtc.flops import Lengths, flops, kv_bytes
 from vtc.hosts import open_host
 
@@ -166,7 +166,7 @@ def test_prompts_without_an_image_are_refused():
 def test_peak_memory_is_that_of_the_call_however_often_it_runs():
     size = 64 << 20
     for _ in range(2):
-        peak, _ = _peak_memory(torch.device("cpu"), lambda: [torch.ones(size // 4 // 64) for _ in range(64)])
+        peak, _ = peak_memory(torch.device("cpu"), lambda: [torch.ones(size // 4 // 64) for _ in range(64)])
         assert peak == pytest.approx(size, rel=0.1)
 
 

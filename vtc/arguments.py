@@ -8,6 +8,7 @@ from pathlib import Path
 
 METHODS = ("vtc-cls", "hiprune", "divprune", "tome", "random", "downsample")
 KEEPS = (0.5, 0.33, 0.22, 0.11, 0.05)
+ENCODER_KEEPS = (0.7, 0.5, 0.33, 0.25)
 QUESTION = "Describe this picture."
 
 Run = Callable[[argparse.Namespace], None]
@@ -34,21 +35,28 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 
 def _sweep(command: argparse.ArgumentParser) -> None:
-    text = f"default: those of {', '.join(METHODS)} that the model serves"
+    text = f"default: those of {', '.join(METHODS)} that the model serves; of a host all that it serves"
     command.add_argument("--methods", nargs="+", metavar="METHOD", help=text)
+    text = "run beside them; default: random and downsample, of a host random and pool"
+    command.add_argument("--baselines", nargs="*", metavar="METHOD", help=text)
+    text = f"default: {' '.join(map(str, KEEPS))}; of a host {' '.join(map(str, ENCODER_KEEPS))}"
+    command.add_argument("--keeps", nargs="+", type=_budget, metavar="KEEP", help=text)
+    text = "scenes (default) or jsonl:PATH; of a host singles (default) or imagefolder:PATH"
+    command.add_argument("--tasks", "--task", nargs="+", metavar="TASK", help=text)
+    text = "of a host: constant, decreasing, staged, once, or the blocks that reduce, like 3,6,9"
     command.add_argument(
-        "--baselines", nargs="*", default=["random", "downsample"], metavar="METHOD", help="run beside them"
+        "--schedule", nargs="+", metavar="SCHEDULE", help=f"{text}; default: the methods' own"
     )
-    command.add_argument("--keeps", nargs="+", type=_budget, default=list(KEEPS), metavar="KEEP")
     command.add_argument(
-        "--tasks", nargs="+", default=["scenes"], metavar="TASK", help="scenes or jsonl:PATH"
+        "--questions", type=int, metavar="N", help="how many questions or pictures of each task"
     )
-    command.add_argument("--questions", type=int, help="how many of each task")
     command.add_argument("--split", default="test")
     command.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--output", default="results.jsonl", metavar="FILE")
-    _model(command)
+    models = command.add_mutually_exclusive_group()
+    _model(models)
+    _host(models)
 
 
 def _report(command: argparse.ArgumentParser) -> None:
@@ -67,7 +75,10 @@ def _ask(command: argparse.ArgumentParser) -> None:
 
 def _draw(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--output", metavar="FILE", help="default: IMAGE-METHOD.png in this folder")
+    text = "of an encoder in which tokens are reduced: what leaves this block; all: a panel for each block"
+    command.add_argument("--block", type=_block, metavar="BLOCK", help=f"{text}; default: what is left")
     _profile(command)
+    _host(command, "; its default method is tome")
 
 
 def _profile(command: argparse.ArgumentParser) -> None:
@@ -86,13 +97,24 @@ def _compression(command: argparse.ArgumentParser) -> None:
     _model(command)
 
 
-def _model(command: argparse.ArgumentParser) -> None:
+def _model(command: argparse._ActionsContainer) -> None:
     text = "a folder or a name on the Hugging Face Hub; default: the reference model"
     command.add_argument("--model", help=text)
 
 
+def _host(command: argparse._ActionsContainer, more: str = "") -> None:
+    text = "an encoder that classifies: timm:NAME, timm:NAME@FILE, open_clip:ARCH/WEIGHTS, a folder or a name"
+    command.add_argument("--host", help=f"{text} on the Hugging Face Hub{more}")
+
+
 def _pictures(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pictures", type=int, default=6, metavar="N", help="questions with drawn tokens")
+
+
+def _block(text: str) -> int | str:
+    if text == "all" or text.isdecimal():
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a block nor 'all'")
 
 
 def _budget(text: str) -> int | float:

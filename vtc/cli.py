@@ -14,11 +14,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import KEEPS, METHODS, parser
+from .arguments import ENCODER_KEEPS, KEEPS, METHODS, parser
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .evaluation.board import Board
     from .evaluation.gallery import Exhibit
+    from .record import Record
 
 REFERENCE = Path(__file__).parents[1] / "models" / "tiny-llava"
 
@@ -85,21 +88,48 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    """draw the kept tokens on an image"""
-    from .ask import ask
+    """draw the kept and merged tokens on an image"""
     from .draw import draw
     from .images import open_image
+    from .views import after
 
     image = open_image(options.image)
+    records, processor = _answered(options, image) if options.host is None else _classified(options, image)
+    shown = [after(record, options.block) if isinstance(options.block, int) else record for record in records]
+    kept, given = (sum(len(getattr(record, part)) for record in shown) for part in ("index", "source"))
+    where = f"  ·  block {options.block}" if isinstance(options.block, int) else ""
+    caption = f"{_shown(options)}{where}  ·  {kept} of {given} tokens"
+    output = options.output or f"{Path(options.image).stem}-{options.method}.png"
+    draw(image, records, processor=processor, block=options.block, caption=caption).save(output)
+    print(output)
+
+
+def _answered(options: argparse.Namespace, image: Image) -> tuple[list[Record], Any]:
+    from .ask import ask
+
     model, processor = _load(options.model)
     _choose_method(options, model)
     how = {"method": options.method, "keep": options.keep, **_settings(options)}
-    records = ask(model, processor, image, options.question, max_new_tokens=1, **how).records
-    kept, given = (sum(record.entering[part] for record in records) for part in ("decoder", "features"))
-    caption = f"{_shown(options)}  ·  {kept} of {given} tokens"
-    output = options.output or f"{Path(options.image).stem}-{options.method}.png"
-    draw(image, records, processor=processor, caption=caption).save(output)
-    print(output)
+    return ask(model, processor, image, options.question, max_new_tokens=1, **how).records, processor
+
+
+def _classified(options: argparse.Namespace, image: Image) -> tuple[list[Record], Any]:
+    import torch
+
+    from .api import compress
+    from .evaluation.classifiers import open_classifier
+    from .evaluation.prompts import place
+
+    if options.model is not None:
+        raise ValueError("give a --model that answers or a --host that classifies, not both")
+    _quiet()
+    classifier = open_classifier(options.host)
+    options.method = options.method or "tome"
+    inputs = place(classifier.prepare([image]), classifier)
+    how = {"keep": options.keep, **_settings(options)}
+    with torch.no_grad(), compress(classifier.model, options.method, **how) as handle:
+        classifier.forward(classifier.model, inputs)
+    return handle.last, lambda picture: next(iter(classifier.prepare([picture]).values()))[0]
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -124,18 +154,42 @@ def _profile(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     """measure methods at several budgets; goes on where it was stopped"""
     from .evaluation.board import boards
-    from .evaluation.sweep import sweep
 
-    model, processor = _load(options.model)
-    # What was not asked for by name runs as baselines do: where the model serves it.
-    baselines = options.baselines if options.methods else [*METHODS, *options.baselines]
-    rows = sweep(
-        model, processor, options.methods or (), options.keeps, options.tasks, n=options.questions,
-        split=options.split, seeds=options.seeds, output=options.output, batch_size=options.batch_size,
-        baselines=dict.fromkeys(baselines), command=options.command,
-    )  # fmt: skip
+    how = {
+        "n": options.questions, "split": options.split, "seeds": options.seeds, "output": options.output,
+        "batch_size": options.batch_size, "command": options.command,
+    }  # fmt: skip
+    rows = _sweep_answers(options, how) if options.host is None else _sweep_classes(options, how)
     _print_boards(boards(rows))
     print(options.output)
+
+
+def _sweep_answers(options: argparse.Namespace, how: dict[str, Any]) -> list[dict[str, Any]]:
+    from .evaluation.sweep import sweep
+
+    if options.schedule:
+        raise ValueError("--schedule is for encoders: give one by --host")
+    model, processor = _load(options.model)
+    baselines = ["random", "downsample"] if options.baselines is None else options.baselines
+    # What was not asked for by name runs as baselines do: where the model serves it.
+    baselines = baselines if options.methods else [*METHODS, *baselines]
+    keeps, tasks = options.keeps or KEEPS, options.tasks or ["scenes"]
+    return sweep(
+        model, processor, options.methods or (), keeps, tasks, baselines=dict.fromkeys(baselines), **how
+    )
+
+
+def _sweep_classes(options: argparse.Namespace, how: dict[str, Any]) -> list[dict[str, Any]]:
+    from .evaluation.classifiers import open_classifier
+    from .evaluation.classify import sweep_encoder
+
+    _quiet()
+    classifier = open_classifier(options.host)
+    baselines = ["random", "pool"] if options.baselines is None else options.baselines
+    keeps, tasks = options.keeps or ENCODER_KEEPS, options.tasks or ["singles"]
+    return sweep_encoder(
+        classifier, options.methods, keeps, tasks, schedules=options.schedule, baselines=baselines, **how
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -180,9 +234,9 @@ def _report(options: argparse.Namespace) -> None:
     if options.readme:
         print(f"{options.readme}: {', '.join(update_readme(options.readme, found))}")
     if options.out or not options.readme:
-        exhibits = None
-        if options.pictures:
-            name = options.model or found[0].model.split("@")[0]
+        exhibits, asked = None, [board for board in found if not board.classes]
+        if options.pictures and asked:
+            name = options.model or asked[0].model.split("@")[0]
             exhibits = _exhibits(found, *_load(None if name == REFERENCE.name else name), options.pictures)
         print(write_report(found, options.out or "vtc-report", exhibits))
 
@@ -199,7 +253,7 @@ def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[li
     from .evaluation.tasks import load_task
 
     own = identify(model)
-    others = dict.fromkeys(board.model for board in found if board.model != own)
+    others = dict.fromkeys(board.model for board in found if board.model != own and not board.classes)
     if others:
         warnings.warn(f"the pictures are of {own}, there are none of {', '.join(others)}", stacklevel=2)
 
@@ -210,18 +264,22 @@ def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[li
 
 
 def _load(name: str | None) -> tuple[Any, Any]:
-    from transformers.utils import logging
-
     from .ask import load_model
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    _quiet()
     if name is None and not (REFERENCE / "config.json").is_file():
         raise ValueError(
             "the reference model is not here; the source checkout of vtc has it in models/tiny-llava: "
             "give --model a folder or a name on the Hugging Face Hub"
         )
     return load_model(name or REFERENCE)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -260,9 +318,16 @@ def _figure(value: Any) -> str:
 
 
 def _print_boards(found: list[Board]) -> None:
-    from .evaluation.tables import accuracies, bounds, budget, legend
+    from .evaluation.tables import accuracies, bounds, budget, encoder_lines, left_blocks, legend
 
     for board in found:
+        if board.classes:
+            print(f"{board.task}, accuracy in % / GFLOPs / speed")
+            _print_columns(encoder_lines(board))
+            print(f"{legend(board, costs=True)} {bounds(board)}\n\nPatch tokens that leave each block:")
+            _print_columns(left_blocks(board))
+            print()
+            continue
         heading = [f"{board.task}, accuracy in %", *(budget(board, keep) for keep in board.keeps)]
         _print_columns([heading, *accuracies(board)])
         print(f"{legend(board)} {bounds(board)}\n")

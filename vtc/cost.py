@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
         records = noted.last
     if not records or any(record is old for record in records for old in before):  # of an earlier call
         raise ValueError("the inputs hold no image: profile() measures prompts with at least one")
-    peak, peak_kind = _peak_memory(vision.decoder.device, call)
+    peak, peak_kind = peak_memory(vision.decoder.device, call)
     times, full, spent = [], [], []
     for _ in range(repeats):
         with _all_tokens(handle):
@@ -124,6 +125,8 @@ def versions() -> dict[str, str | None]:
         "vtc": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "timm": version("timm"),
+        "open_clip": version("open_clip_torch"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": _commit(),
@@ -245,7 +248,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _peak_memory(device: torch.device, function: Callable[[], Any]) -> tuple[int | None, str]:
+def peak_memory(device: torch.device, function: Callable[[], Any]) -> tuple[int | None, str]:
+    """Bytes that a call needs at its height, None where the system does not tell, and what is counted."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import mean, stdev
+from typing import Any
 
 from .results import Row
 from .runner import BLIND, FULL, label
@@ -31,6 +32,11 @@ class Cell:
     def tokens(self) -> float:
         return self.mean(lambda row: row["tokens"])
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method, without its seed."""
+        return {name: value for name, value in self.rows[0]["options"].items() if name != "seed"}
+
     def kind(self, name: str) -> float:
         return self.mean(lambda row: row["kinds"][name]["accuracy"])
 
@@ -50,6 +56,24 @@ class Board:
     blind: Row | None = None
     cells: dict[tuple[str, float | int], Cell] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes pictures are told apart by; None where questions are asked."""
+        return next((row["classes"] for row in self.rows if "classes" in row), None)
+
+    @property
+    def things(self) -> str:
+        return "pictures" if self.classes else "questions"
+
+    @property
+    def axis(self) -> str:
+        """What a row's `tokens` are."""
+        return (
+            "patch tokens that leave the encoder"
+            if self.classes
+            else "image tokens that enter the language model"
+        )
 
     @property
     def methods(self) -> list[str]:
@@ -90,9 +114,11 @@ class Board:
         return cell.accuracy / self.full["accuracy"] if self.full and self.full["accuracy"] else None
 
     def loses(self, method: str, keep: float | int) -> bool:
-        """True where the method is below random tokens at the same budget."""
-        random = self.cells.get(("random", keep))
-        return random is not None and self.cells[method, keep].accuracy < random.accuracy
+        """True where the method is below random tokens at the same budget, and schedule."""
+        cell = self.cells[method, keep]
+        schedule = {name: value for name, value in cell.options.items() if name == "schedule"}
+        random = self.cells.get((label("random", schedule), keep))
+        return random is not None and cell.accuracy < random.accuracy
 
 
 def is_baseline(method: str) -> bool:

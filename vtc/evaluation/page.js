@@ -46,7 +46,7 @@ function chart(board, place) {
       svg.append(element("text", { x: size.left - 10, y: y(value) + 4, "text-anchor": "end" }, String(Math.round(100 * value))));
     }
     for (const count of counts) svg.append(element("text", { x: x(count), y: size.height - size.bottom + 20, "text-anchor": "middle" }, String(count)));
-    svg.append(element("text", { x: (size.left + size.width) / 2, y: size.height - 6, "text-anchor": "middle" }, "image tokens that enter the language model"));
+    svg.append(element("text", { x: (size.left + size.width) / 2, y: size.height - 6, "text-anchor": "middle" }, board.axis));
     for (const level of levels) {
       const height = y(level.accuracy[kind]);
       svg.append(element("line", { x1: size.left, x2: size.width - size.right, y1: height, y2: height, stroke: level.colour, "stroke-width": level.width, "stroke-dasharray": level.dashes }));

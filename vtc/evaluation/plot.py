@@ -19,7 +19,7 @@ def plot_accuracy(board: Board, path: str | Path) -> None:
         figure = _figure(7.2, 4.4)
         axes = figure.add_subplot()
         _curves(axes, board)
-        axes.set_xlabel("image tokens that enter the language model")
+        axes.set_xlabel(board.axis)
         axes.set_ylabel("accuracy (%)")
         axes.set_title(_title(board), loc="left", fontsize=11, fontweight="bold", pad=12)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
@@ -45,7 +45,7 @@ def plot_kinds(board: Board, path: str | Path) -> None:
             axes.axis("off")
         handles, names = grid[0].get_legend_handles_labels()
         grid[len(board.kinds)].legend(handles, names, loc="center left", frameon=False, handlelength=2.6)
-        figure.supxlabel("image tokens that enter the language model", fontsize=9.5)
+        figure.supxlabel(board.axis, fontsize=9.5)
         figure.supylabel("accuracy (%)", fontsize=9.5)
         figure.savefig(path, dpi=200)
 
@@ -60,7 +60,7 @@ def _figure(width: float, height: float):
 
 
 def _title(board: Board) -> str:
-    return f"{board.model.split('@')[0]} on {board.task}, {board.items} questions"
+    return f"{board.model.split('@')[0]} on {board.task}, {board.items} {board.things}"
 
 
 def _curves(axes, board: Board, kind: str | None = None, scale: float = 1) -> None:

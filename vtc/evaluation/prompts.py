@@ -67,8 +67,10 @@ class Batches:
             else:
                 opened.append(item)
                 images.append(image)
-        inputs = encode(self.processor, [item.question for item in opened], images) if opened else {}
-        return Batch(opened, inputs, errors)
+        return Batch(opened, self._inputs(opened, images) if opened else {}, errors)
+
+    def _inputs(self, items: list[Item], images: list[Image]) -> dict[str, Tensor]:
+        return encode(self.processor, [item.question for item in items], images)
 
     def _open(self, item: Item) -> Image:
         if item.error:

@@ -48,8 +48,16 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
 
 
 def update_readme(path: str | Path, found: list[Board]) -> list[str]:
-    """Fills the parts results, methods and hosts of a Markdown file, as fill_parts() does."""
-    blocks = {"results": lambda: results_block(found), "methods": methods_table, "hosts": hosts_table}
+    """Fills the parts results, encoders, methods and hosts of a Markdown file, as fill_parts() does.
+
+    Boards of questions are for the part results, those of classes for encoders; without any it stays.
+    """
+    asked, classes = [b for b in found if not b.classes], [b for b in found if b.classes]
+    blocks = {"methods": methods_table, "hosts": hosts_table}
+    if classes:
+        blocks = {"encoders": lambda: encoders_block(classes), **blocks}
+    if asked:
+        blocks = {"results": lambda: results_block(asked), **blocks}
     return fill_parts(path, blocks)
 
 
@@ -88,6 +96,15 @@ def results_block(found: list[Board]) -> str:
     )
 
 
+def encoders_block(found: list[Board]) -> str:
+    """The table of each board of classes with what it means and how it was made."""
+    parts = []
+    for board in found:
+        legend = f"{tables.legend(board, costs=True)} {tables.bounds(board)}"
+        parts += [tables.encoder_table(board), legend, source(board)]
+    return "\n\n".join(parts)
+
+
 def methods_table() -> str:
     """All methods of the registry."""
     rows = [["method", "stage", "what it does", "source"]]
@@ -122,7 +139,8 @@ def source(board: Board, html: bool = False) -> str:
 def _markdown(board: Board, pictures: list[str]) -> str:
     parts = [f"# {board.model.split('@')[0]} on {board.task}", *pictures]
     if board.cells:
-        parts += [tables.accuracy_table(board), tables.legend(board)]
+        table = tables.encoder_table if board.classes else tables.accuracy_table
+        parts += [table(board), tables.legend(board, costs=board.classes is not None)]
     parts.append(tables.bounds(board))
     for keep in board.keeps if board.kinds else []:
         parts += [f"## By kind of question: {tables.budget(board, keep)}", tables.kinds_table(board, keep)]

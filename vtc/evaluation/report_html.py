@@ -11,7 +11,7 @@ from .board import Board, is_baseline
 from .gallery import Exhibit, Picture
 from .results import Row
 from .style import looks
-from .tables import BELOW_RANDOM, COSTS, budget, costs, legend
+from .tables import BELOW_RANDOM, budget, cost_columns, costs, legend
 
 HERE = Path(__file__).parent
 LEVELS = (("full", "all tokens", "7 4"), ("blind", "no image", "1.5 4"))  # field of a board, name, dashes
@@ -40,7 +40,7 @@ def _name(board: Board) -> str:
 def _board(i: int, board: Board, exhibits: list[Exhibit]) -> str:
     split = f", {board.split} split" if board.split else ""
     methods = f"{len(board.methods)} methods at {len(board.keeps)} budgets, measured side by side."
-    lead = f"{board.items} questions{split}. {methods}"
+    lead = f"{board.items} {board.things}{split}. {methods}"
     parts = [
         f"<h1>{escape(_name(board))}</h1><p class=lead>{escape(lead)}</p>{_cards(board)}",
         f"<h2>Accuracy against kept tokens</h2><div id=chart-{i}></div>",
@@ -100,7 +100,7 @@ def _cell(board: Board, method: str, keep: float | int, best: bool) -> str:
 
 
 def _costs(board: Board) -> str:
-    heading = "".join(f"<th>{escape(cost.heading)}</th>" for cost in COSTS)
+    heading = "".join(f"<th>{escape(cost.heading)}</th>" for cost in cost_columns(board))
     body = [
         f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
         for name, values in costs(board)
@@ -132,7 +132,7 @@ def _data(board: Board, exhibits: list[Exhibit]) -> dict[str, Any]:
         {"name": name, "dashes": dashes, "accuracy": _accuracy(row)} for row, name, dashes in rows if row
     ]
     return {
-        "series": series, "levels": levels, "kinds": board.kinds,
+        "series": series, "levels": levels, "kinds": board.kinds, "axis": board.axis,
         "keeps": [budget(board, keep) for keep in board.keeps],
         "exhibits": [_exhibit(board, exhibit) for exhibit in exhibits],
     }  # fmt: skip

@@ -34,8 +34,9 @@ class Results:
         known = self.rows.get(row["key"])
         if known is not None and "error" in row and known.get("error") == row["error"]:
             return
-        self.rows[row["key"]] = row
-        self._file.write(json.dumps(row).encode() + b"\n")
+        line = json.dumps(row)
+        self.rows[row["key"]] = json.loads(line)  # as whoever reads the file has it: tuples are lists
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,8 +61,13 @@ def is_method(name: str) -> bool:
 
 def label(method: str, options: dict[str, Any]) -> str:
     """The name that tables and legends give to a method with options; seeds are not named."""
-    shown = ", ".join(f"{name}={value}" for name, value in sorted(options.items()) if name != "seed")
+    shown = ", ".join(f"{name}={text(value)}" for name, value in sorted(options.items()) if name != "seed")
     return f"{method} ({shown})" if shown else method
+
+
+def text(value: Any) -> str:
+    """An option's value in a word: the blocks 3,6,9 of a schedule."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) 
     Accuracy is the share of greedy answers that equal the expected one after `tasks.normalise`. `tokens` is
     the mean over all images, `cost` what `vtc.profile` says of the first one; None where the model is blind.
     """
-    start, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    made = making()
     attached = nullcontext()
     if is_method(setting.method):
         attached = compress(model, setting.method, keep=setting.keep, **setting.options)
@@ -79,9 +85,16 @@ def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) 
     with attached:
         tally = _ask(model, batches, blind)
         cost = None if blind else profile(model, place(first.inputs, model), repeats)
-    seconds = round(time.perf_counter() - start, 3)
-    made = {"seconds": seconds, "date": date, "threads": torch.get_num_threads(), "versions": versions()}
-    return {**tally.row(), "cost": cost, **made}
+    return {**tally.row(), "cost": cost, **made()}
+
+
+def making() -> Callable[[], dict[str, Any]]:
+    """Starts a clock; what is returned says how long a row took, when it was begun and with what."""
+    start, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    return lambda: {
+        "seconds": round(time.perf_counter() - start, 3), "date": date, "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }  # fmt: skip
 
 
 def _ask(model: nn.Module, batches: Batches, blind: bool) -> Tally:

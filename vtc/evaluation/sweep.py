@@ -9,7 +9,8 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +60,42 @@ def sweep(
     compressed already, before anything is run.
     """
     compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
-    methods = _many(methods)
+    methods = many(methods)
     named = [spec if isinstance(spec, str) else spec[0] for spec in methods]
-    methods += [name for name in _many(baselines) if name not in named and _serves(model, name)]
-    settings = list(_settings(methods, _many(keeps), _many(seeds)))
-    tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in _many(tasks)]
-    identity = identify(model)
+    methods += [name for name in many(baselines) if name not in named and serves(model, name)]
+    settings = [Setting(FULL), Setting(BLIND), *expand(methods, many(keeps), many(seeds))]
+    tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in many(tasks)]
+
+    def runner(task: Task) -> Callable[[Setting], Row]:
+        return partial(run, model, Batches(processor, task, batch_size), repeats=repeats)
+
+    return complete(output, identify(model), tasks, settings, runner, command, progress)
+
+
+def complete(
+    output: str | Path, identity: str, tasks: list[Task], settings: list[Setting],
+    runner: Callable[[Task], Callable[[Setting], Row]], command: str | None, progress: bool,
+) -> list[Row]:  # fmt: skip
+    """Runs every setting on every task that `output` has no row of, by what `runner` makes of a task."""
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     planned = {run_key(identity, task, setting): (task, setting) for task in tasks for setting in settings}
     with Results(output) as results:
         missing = {key: run for key, run in planned.items() if not _done(results.rows.get(key))}
         with _bar(len(missing), progress) as bar:
-            batches = None
+            ready = None
             for key, (task, setting) in missing.items():
                 bar.set_postfix_str(f"{task.name}: {setting}")
-                if batches is None or batches.task is not task:
-                    batches = Batches(processor, task, batch_size)
+                if ready is not task:
+                    ready, make = task, runner(task)
                 row = _describe(key, identity, task, setting, command)
-                results.append(row | _attempt(model, batches, setting, repeats))
+                results.append(row | _attempt(make, task, setting))
                 bar.update()
         return [results.rows[key] for key in planned]
 
 
-def identify(model: nn.Module) -> str:
+def identify(model: nn.Module, name: str | None = None) -> str:
     """The model's name and a digest of its weights: retrained weights under an old name are another model."""
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
     if Path(name).is_dir():
         name = Path(name).resolve().name
     digest = hashlib.sha256()
@@ -103,7 +115,8 @@ def run_key(identity: str, task: Task, setting: Setting) -> str:
     return hashlib.sha256(json.dumps([*what, *how], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _many(values: Any) -> list:
+def many(values: Any) -> list:
+    """A list of what was given, alone or several."""
     pair = isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict)
     return [values] if pair or isinstance(values, (str, int, float, Task)) else list(values)
 
@@ -120,9 +133,8 @@ def _done(row: Row | None) -> bool:
     return row is not None and "error" not in row
 
 
-def _settings(methods: list[MethodSpec], keeps: list[float | int], seeds: list[int]) -> Iterator[Setting]:
-    yield Setting(FULL)
-    yield Setting(BLIND)
+def expand(methods: list[MethodSpec], keeps: list[float | int], seeds: list[int]) -> Iterator[Setting]:
+    """Every method at every budget, once per seed where it has one."""
     for keep in map(check_keep, keeps):
         for spec in methods:
             name, options = (spec, {}) if isinstance(spec, str) else spec
@@ -133,12 +145,13 @@ def _settings(methods: list[MethodSpec], keeps: list[float | int], seeds: list[i
                 yield Setting(name, keep, options if seed is None else {**options, "seed": seed})
 
 
-def _serves(model: nn.Module, baseline: str) -> bool:
-    method = get_method(baseline)
+def serves(model: nn.Module, name: str, **options: Any) -> bool:
+    """Whether a model can be compressed by a method; if not, a warning says why."""
+    get_method(name)
     try:
-        compress(model, method, keep=0.5).remove()
+        compress(model, name, keep=0.5, **options).remove()
     except ValueError as error:
-        warnings.warn(f"the sweep runs without the baseline '{baseline}': {error}", stacklevel=3)
+        warnings.warn(f"the sweep runs without the baseline '{name}': {error}", stacklevel=3)
         return False
     return True
 
@@ -151,12 +164,12 @@ def _describe(key: str, identity: str, task: Task, setting: Setting, command: st
     }  # fmt: skip
 
 
-def _attempt(model: nn.Module, batches: Batches, setting: Setting, repeats: int) -> Row:
+def _attempt(make: Callable[[Setting], Row], task: Task, setting: Setting) -> Row:
     try:
-        return run(model, batches, setting, repeats)
+        return make(setting)
     except Exception as error:  # whatever a method does wrong, the other runs go on
         message = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the run of {setting} on {batches.task.name} failed: {message}", stacklevel=3)
+        warnings.warn(f"the run of {setting} on {task.name} failed: {message}", stacklevel=4)
         return {"error": message}
 
 

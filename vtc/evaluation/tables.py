@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean
 
+from ..schedule import show
 from .board import Board, Cell
 from .results import Row
+from .runner import label, text
 
 BELOW_RANDOM = "▾"
+SLOWER = "▿"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ COSTS = (
     Cost("KV cache, KiB", "kv_bytes", 1024),
     Cost("time to first token, %", "first_token_ratio", 1e-2),
     Cost("of it vtc, %", "compressor_share", 1e-2, 1),
+    Cost("peak memory, MiB", "peak_memory_bytes", 2**20, 1),
+)
+ENCODER_COSTS = (
+    Cost("patch tokens at the end", "tokens"),
+    Cost("per block", "block_tokens"),
+    Cost("GFLOPs", "gflops", 1, 3),
+    Cost("of them vtc", "compressor_gflops", 1, 3),
+    Cost("times as fast", "speed", 1, 2),
+    Cost("time of vtc, %", "compressor_share", 1e-2, 1),
+    Cost("similarity", "similarity", 1, 3),
     Cost("peak memory, MiB", "peak_memory_bytes", 2**20, 1),
 )
 
@@ -71,36 +84,100 @@ def accuracy_cell(board: Board, method: str, keep: float | int) -> str:
     cell = board.cells.get((method, keep))
     if cell is None:
         return "-"
-    text = f"{100 * cell.accuracy:.1f}"
-    if cell.spread is not None:
-        text += f" ± {100 * cell.spread:.1f}"
     relative = board.relative(cell)
-    text += "" if relative is None else f" ({100 * relative:.0f})"
-    return f"{text} {BELOW_RANDOM}" if board.loses(method, keep) else text
+    shown = _accuracy(cell) + ("" if relative is None else f" ({100 * relative:.0f})")
+    return f"{shown} {BELOW_RANDOM}" if board.loses(method, keep) else shown
 
 
 def bounds(board: Board) -> str:
-    """One sentence with what all tokens and no image reach."""
+    """One sentence with what all tokens and no image, or chance, reach."""
     known = []
     if board.full:
-        known.append(f"all {board.full['tokens']:.0f} tokens {100 * board.full['accuracy']:.1f} %")
+        gflops = f" with {board.full['cost']['gflops']:.3g} GFLOPs" if board.classes else ""
+        known.append(f"all {board.full['tokens']:.0f} tokens {100 * board.full['accuracy']:.1f} %{gflops}")
     if board.blind:
         known.append(f"the question without its image {100 * board.blind['accuracy']:.1f} %")
+    if board.classes:
+        known.append(f"chance {100 / board.classes:.1f} %")
     return f"For comparison: {', '.join(known)}." if known else ""
 
 
-def legend(board: Board) -> str:
-    """What the numbers and marks of `accuracy_table` mean."""
+def legend(board: Board, costs: bool = False) -> str:
+    """What the numbers and marks of `accuracy_table` mean; with costs, those of `encoder_table`."""
     error = 196 * math.sqrt(0.25 / board.items)  # of a share near one half, where it is largest
-    parts = [f"Accuracy in per cent on {board.items} questions (95 % interval up to ± {error:.1f})"]
-    if board.full:
+    what = f"{board.items} {board.things}" + (f" of {board.classes} classes" if board.classes else "")
+    parts = [f"Accuracy in per cent on {what} (95 % interval up to ± {error:.1f})"]
+    if costs:
+        batches = {str(row["cost"]["images"]) for row in board.rows}
+        parts += [
+            "then GFLOPs of a picture, those of the method included",
+            f"then pictures per second where those with all tokens are 1, {'/'.join(batches)} at a time",
+        ]
+    elif board.full:
         parts.append("in brackets per cent of the accuracy with all tokens")
     seeds = max((len(cell.rows) for cell in board.cells.values()), default=1)
     if seeds > 1:
         parts.append(f"± the standard deviation over {seeds} seeds")
     if any(board.loses(*place) for place in board.cells):
         parts.append(f"{BELOW_RANDOM} below random tokens at the same budget")
+    if costs and any(_speed(cell) < 1 for cell in board.cells.values()):
+        parts.append(f"{SLOWER} slower than with all tokens")
     return "; ".join(parts) + "."
+
+
+def encoder_table(board: Board) -> str:
+    """Accuracy, GFLOPs and speed by method, schedule and budget; below it the tokens after each block."""
+    heading, *body = encoder_lines(board)
+    left = "\n".join(f"- {name}: {told}" for name, told in left_blocks(board))
+    table = markdown([heading, *body], "ll" + "r" * len(board.keeps))
+    return f"{table}\n\nPatch tokens that leave each block:\n\n{left}"
+
+
+def encoder_lines(board: Board) -> list[list[str]]:
+    """The lines of `encoder_table`, its heading first: all methods of one schedule, then of the next."""
+    cells = {method: cell for (method, _), cell in board.cells.items()}  # one of each method
+    schedules = list(dict.fromkeys(_schedule(cell) for cell in cells.values()))
+    lines = [["method", "schedule", *(budget(board, keep) for keep in board.keeps)]]
+    for method in sorted(board.methods, key=lambda method: schedules.index(_schedule(cells[method]))):
+        options = {name: value for name, value in cells[method].options.items() if name != "schedule"}
+        name = label(cells[method].rows[0]["method"], options)
+        values = [_encoder_cell(board, method, keep) for keep in board.keeps]
+        lines.append([name, _schedule(cells[method]), *values])
+    return lines
+
+
+def left_blocks(board: Board) -> list[tuple[str, str]]:
+    """For every schedule and budget the patch tokens that leave each block; those of each method if they
+    differ."""
+    found: dict[str, dict[str, None]] = {}
+    for keep in board.keeps:
+        for (_, own), cell in board.cells.items():
+            if own == keep:
+                name = f"{_schedule(cell)}, keep {keep:g}"
+                found.setdefault(name, {}).update({show(row["cost"]["blocks"]): None for row in cell.rows})
+    return [(name, " or ".join(told)) for name, told in found.items()]
+
+
+def _encoder_cell(board: Board, method: str, keep: float | int) -> str:
+    cell = board.cells.get((method, keep))
+    if cell is None:
+        return "-"
+    accuracy = _accuracy(cell) + (f" {BELOW_RANDOM}" if board.loses(method, keep) else "")
+    gflops = cell.mean(lambda row: row["cost"]["gflops"])
+    return f"{accuracy} / {gflops:.3g} / {_speed(cell):.2f}{SLOWER if _speed(cell) < 1 else ''}"
+
+
+def _accuracy(cell: Cell) -> str:
+    spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}"
+    return f"{100 * cell.accuracy:.1f}{spread}"
+
+
+def _speed(cell: Cell) -> float:
+    return cell.mean(lambda row: row["cost"]["speed"])
+
+
+def _schedule(cell: Cell) -> str:
+    return text(cell.options.get("schedule", ""))
 
 
 def kinds_table(board: Board, keep: float | int) -> str:
@@ -121,13 +198,18 @@ def _kind(row: Row, kind: str) -> str:
 def costs_table(board: Board) -> str:
     """What each method costs at each budget."""
     body = [[name, *values] for name, values in costs(board)]
-    return markdown([["run", *(cost.heading for cost in COSTS)], *body], "l" + "r" * len(COSTS))
+    columns = cost_columns(board)
+    return markdown([["run", *(cost.heading for cost in columns)], *body], "l" + "r" * len(columns))
+
+
+def cost_columns(board: Board) -> tuple[Cost, ...]:
+    return ENCODER_COSTS if board.classes else COSTS
 
 
 def costs(board: Board) -> list[tuple[str, list[str]]]:
-    """A name and the values of COSTS for the full model and every method at every budget."""
+    """A name and the values of `cost_columns` for the full model and every method at every budget."""
     lines = [("all tokens", Cell([board.full]))] if board.full else []
     for keep in board.keeps:
         found = [method for method in board.methods if (method, keep) in board.cells]
         lines += [(f"{method}, keep {keep:g}", board.cells[method, keep]) for method in found]
-    return [(name, [cost.show(cell) for cost in COSTS]) for name, cell in lines]
+    return [(name, [cost.show(cell) for cost in cost_columns(board)]) for name, cell in lines]
