@@ -135,6 +135,8 @@ class EncoderStage:
                 )
             self.note(current, block, x, where)
             return current
+        if self.carry:
+            raise RuntimeError("carry='gap' does not go with gradient checkpointing: switch one of them off")
         again = Seen.of(x) if self._recent else None
         known = [(passage, passage.seen.get((block, where))) for passage in reversed(self._recent)]
         same = [(passage, seen) for passage, seen in known if seen is not None and seen.same_values(again)]
