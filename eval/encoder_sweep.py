@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+import vtc
 from vtc.evaluation.classifiers import open_classifier
-from vtc.evaluation.classify import encoder_methods, sweep_encoder
+from vtc.evaluation.classify import sweep_encoder
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ("random", "pool")
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", default=ROOT / "eval" / "results" / "tiny-clip-singles.jsonl", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    methods = [name for name in encoder_methods() if name not in (*BASELINES, *ONCE)]
+    methods = [name for name in vtc.list_methods("encoder") if name not in (*BASELINES, *ONCE)]
     methods += [(name, {"schedule": "once"}) for name in (*ONCE, *BASELINES)]
     sweep_encoder(
         open_classifier(options.host),

@@ -99,7 +99,7 @@ class Trio:
         self.inputs = inputs
         self.bare, self.oracle, self.compressed = model, twin(model), twin(model)
         self.pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
-        self.handle = vtc.compress(self.compressed, method, keep=keep)
+        self.handle = vtc.compress(self.compressed, method, keep=keep, stage="features")
         marked = image_features(self.compressed, self.pictures)  # (N, D)
         self.kept = ~marked[:, 0].isnan()  # (N,)
         give(self.oracle, marked[self.kept])
@@ -250,7 +250,7 @@ def servable(geometry: Geometry, methods: Sequence[str]) -> list[str]:
         try:
             if stage != "features":
                 raise ValueError(f"it runs at {stage}, where the prompt does not enter the decoder shortened")
-            vtc.compress(model, method, keep=0.5).remove()
+            vtc.compress(model, method, keep=0.5, stage="features").remove()
         except ValueError as error:
             print(f"{geometry.name}: no {method}: {error}")
         else:
@@ -364,7 +364,7 @@ def _merged(entry: Any, changes: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = json.loads(CONFIG.read_text())
-    geometries, methods = list(config["geometries"]), vtc.list_methods()
+    geometries, methods = list(config["geometries"]), vtc.list_methods("features")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

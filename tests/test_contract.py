@@ -19,7 +19,7 @@ def works(method: str, host: str) -> bool:
     return method != "vtc-cls" or "siglip" not in host
 
 
-PAIRS = [(method, host) for method in vtc.list_methods() for host in LLAVA if works(method, host)]
+PAIRS = [(method, host) for method in vtc.list_methods("features") for host in LLAVA if works(method, host)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_keep_one_is_identity(pair):
     inputs = make_inputs((2, 1), pads=1)
     with torch.no_grad():
         logits, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-        with vtc.compress(model, method, keep=1.0) as handle:
+        with vtc.compress(model, method, keep=1.0, stage="features") as handle:
             assert torch.equal(model(**inputs).logits, logits)
             assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
             assert all(record.entering["decoder"] == record.entering["features"] for record in handle.last)
@@ -56,7 +56,7 @@ def test_remove_leaves_nothing(pair):
     with torch.no_grad():
         logits = model(**inputs).logits
         before = footprint(model)
-        handle = vtc.compress(model, method, keep=0.4)
+        handle = vtc.compress(model, method, keep=0.4, stage="features")
         assert not torch.equal(model(**inputs).logits, logits)
         handle.remove()
         assert footprint(model) == before
@@ -68,7 +68,7 @@ def test_exact_count(pair):
     method, model, make_inputs = pair
     inputs = make_inputs((2, 1))
     fractions = [0.07, 1 / 3, 0.5, 0.9]
-    with vtc.compress(model, method, keep=0.5) as handle, torch.no_grad():
+    with vtc.compress(model, method, keep=0.5, stage="features") as handle, torch.no_grad():
         tiled = "image_sizes" in inputs
         counts = [] if method == "downsample" and tiled else [1, 5, 11, 10_000]
         for keep in fractions + counts:
@@ -95,7 +95,7 @@ def test_batch_equals_single_runs(pair):
     method, model, make_inputs = pair
     inputs = make_inputs((1, 1), pads=0)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with vtc.compress(model, method, keep=0.4) as handle, torch.no_grad():
+    with vtc.compress(model, method, keep=0.4, stage="features") as handle, torch.no_grad():
         both = model(**inputs, position_ids=positions).logits
         records = handle.last
         tiles = 0
@@ -121,7 +121,7 @@ def test_sdpa_and_eager_agree(pair):
     assert eager.model.vision_tower.config._attn_implementation == "eager"
     results = []
     for host in (model, eager):
-        with vtc.compress(host, method, keep=0.4) as handle, torch.no_grad():
+        with vtc.compress(host, method, keep=0.4, stage="features") as handle, torch.no_grad():
             results.append((host(**inputs).logits, [record.index for record in handle.last]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
@@ -134,7 +134,7 @@ def test_half_precision_runs(pair, dtype):
     inputs = make_inputs((1, 1), pads=1)
     half = copy.deepcopy(model).to(dtype)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with vtc.compress(half, method, keep=0.4) as handle, torch.no_grad():
+    with vtc.compress(half, method, keep=0.4, stage="features") as handle, torch.no_grad():
         logits = half(**inputs).logits
         assert logits.dtype == dtype and logits.isfinite().all()
         assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
@@ -146,13 +146,15 @@ def test_gradients_flow(pair):
     method, model, make_inputs = pair
     inputs = make_inputs((1, 1), pads=1)
     pixels = inputs["pixel_values"].requires_grad_()
-    with vtc.compress(model, method, keep=0.4):
+    with vtc.compress(model, method, keep=0.4, stage="features"):
         model(**inputs).logits.square().mean().backward()
     assert pixels.grad.isfinite().all() and pixels.grad.abs().sum() > 0
     model.zero_grad()
 
 
-@methods_on_hosts
+@pytest.mark.parametrize(
+    "pair", [p for p in PAIRS if p[0] != "tofu"], indirect=True, ids="-".join
+)  # whose groups are no means: tests/test_encoder_merges.py
 def test_merging_keeps_the_weighted_mean_and_pruning_copies(pair):
     method, model, make_inputs = pair
     inputs = make_inputs((1, 1))
@@ -161,7 +163,7 @@ def test_merging_keeps_the_weighted_mean_and_pruning_copies(pair):
     vision = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     with torch.no_grad():
         bare = model.model.get_image_features(**vision, return_dict=True).pooler_output
-        with vtc.compress(model, method, keep=0.4) as handle:
+        with vtc.compress(model, method, keep=0.4, stage="features") as handle:
             marked = model.model.get_image_features(**vision, return_dict=True).pooler_output
     for old, new, record in zip(bare, marked, handle.last):
         for slot, position in enumerate(record.index):

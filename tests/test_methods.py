@@ -23,7 +23,14 @@ def attention(layers):
 
 
 KEYS = {"keys": lambda n: (1, n, 8)}
-EXTRAS = {"cls_attention": attention(3), "mean_attention": attention(2), **KEYS}
+EXTRAS = {
+    "cls_attention": attention(3),
+    "mean_attention": attention(2),
+    "cls_values": attention(1),
+    "shift": attention(1),
+    "attention": lambda n: (1, 2, n, n),
+    **KEYS,
+}
 
 
 @pytest.mark.parametrize("k", [1, 7, 24, 47, 48])
@@ -109,12 +116,13 @@ def test_divprune_prefers_distinct_tokens_to_duplicates():
 
 
 def tome_round_of_the_card(keys, r):
-    """Steps 4 to 8 of the card without CLS. keys: list of vectors; returns for each token its new place."""
+    """Steps 4 to 8 of the card without CLS. keys: list of vectors; returns what each merged token goes into,
+    and those that stay in the order of the card."""
     unit = torch.nn.functional.normalize(torch.stack(keys).double(), dim=-1)
     even, odd = range(0, len(keys), 2), range(1, len(keys), 2)
     best = {a: max(odd, key=lambda b: float(unit[a] @ unit[b])) for a in even}
-    merged = sorted(even, key=lambda a: -float(unit[a] @ unit[best[a]]))[:r]
-    return {a: best[a] for a in merged}
+    falling = sorted(even, key=lambda a: -float(unit[a] @ unit[best[a]]))
+    return {a: best[a] for a in falling[:r]}, falling[r:] + list(odd)
 
 
 @pytest.mark.parametrize("k", [47, 30, 24, 11, 1])
@@ -122,19 +130,18 @@ def test_tome(k):
     t = tokens(seed=k, **KEYS)
     reduction = vtc.get_method("tome").reduce(t, k)
     for row in range(3):
-        groups = [[j] for j in range(N)]  # members, the first one's place is the group's
-        places = list(range(N))
+        groups = [(j, [j]) for j in range(N)]  # the place of each group, and its members
         while len(groups) > k:
-            keys = [t.keys[row, 0][members].mean(0) for members in groups]
-            goes = tome_round_of_the_card(keys, min(len(groups) - k, len(groups) // 2))
+            keys = [t.keys[row, 0][members].mean(0) for _, members in groups]
+            goes, order = tome_round_of_the_card(keys, min(len(groups) - k, len(groups) // 2))
             for a, b in goes.items():
-                groups[b] = groups[b] + groups[a]
-            groups = [members for i, members in enumerate(groups) if i not in goes]
-            places = [place for i, place in enumerate(places) if i not in goes]
-        assert reduction.index[row].tolist() == places
-        for slot, members in enumerate(groups):
+                groups[b] = groups[b][0], groups[b][1] + groups[a][1]
+            groups = [groups[i] for i in order]
+        assert reduction.index[row].tolist() == [place for place, _ in groups]
+        assert reduction.ascending().index[row].tolist() == sorted(place for place, _ in groups)
+        for slot, (_, members) in enumerate(groups):
             assert sorted((reduction.source[row] == slot).nonzero()[:, 0].tolist()) == sorted(members)
-        mean = torch.stack([t.x[row][members].mean(0) for members in groups])
+        mean = torch.stack([t.x[row][members].mean(0) for _, members in groups])
         torch.testing.assert_close(reduction.apply(t.x, t.size)[row], mean)
 
 
@@ -216,9 +223,9 @@ def test_any_input_gives_exactly_k_and_batch_order_does_not_matter(method, case)
     flipped = Tokens(t.x.flip(0), t.grid, extras={name: extra.flip(0) for name, extra in t.extras.items()})
     rule = vtc.get_method(method)
     for k in {1, 2, 13, t.n - 1, t.n} & set(range(1, t.n + 1)):
-        reduction = rule.reduce(t, k)
+        reduction, again = (rule.reduce(each, k).ascending() for each in (t, flipped))  # as a stage takes it
         assert reduction.index.shape == (3, k) and (reduction.index.diff(dim=1) > 0).all()
-        assert torch.equal(rule.reduce(flipped, k).index.flip(0), reduction.index)
-        assert torch.equal(rule.reduce(flipped, k).source.flip(0), reduction.source)
+        assert torch.equal(again.index.flip(0), reduction.index)
+        assert torch.equal(again.source.flip(0), reduction.source)
         if k == t.n:
             assert torch.equal(reduction.apply(t.x, t.size), t.x)

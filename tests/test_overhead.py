@@ -51,7 +51,7 @@ def tiny(name):
 
 def served(name):
     geometry = overhead.Geometry.of(name, ENTRIES[name], tiny=True)
-    return overhead.servable(geometry, vtc.list_methods())
+    return overhead.servable(geometry, vtc.list_methods("features"))
 
 
 @pytest.mark.parametrize("name, method", [(name, method) for name in ENTRIES for method in served(name)])

@@ -40,7 +40,7 @@ def test_every_method_is_one_short_file_with_its_source():
     for name in vtc.list_methods():
         cls = type(vtc.get_method(name))
         lines = Path(inspect.getfile(cls)).read_text().splitlines()
-        assert len(lines) <= 100, name
+        assert len(lines) <= 140, name
         assert doc(cls)
         assert name in baselines or cls.paper.startswith("arXiv:")
         assert not any("transformers" in line or "timm" in line for line in lines if "import" in line)

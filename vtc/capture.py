@@ -93,7 +93,7 @@ def missing(encoder: Encoder, need: Need) -> str | None:
 
 def working(encoder: Encoder) -> list[str]:
     """The methods that this encoder can serve at their default options."""
-    methods = (get_method(name) for name in list_methods())
+    methods = (get_method(name) for name in list_methods("features"))
     methods = (method for method in methods if encoder.resizable or not method.lowers_resolution)
     return [m.name for m in methods if not any(missing(encoder, need) for need in m.needs)]
 

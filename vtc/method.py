@@ -149,9 +149,9 @@ def _methods() -> dict[str, type[Method]]:
     return _registry
 
 
-def list_methods() -> list[str]:
-    """The names `compress()` accepts, sorted."""
-    return sorted(_methods())
+def list_methods(stage: str | None = None) -> list[str]:
+    """The names `compress()` accepts, sorted: all, or those that run at a stage, "encoder" or "features"."""
+    return sorted(name for name, cls in _methods().items() if stage in (None, *cls.stages))
 
 
 def get_method(name: str, **options: Any) -> Method:

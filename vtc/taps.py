@@ -47,6 +47,14 @@ class Call:
         """The mean over heads of the keys: (B, M, d)."""
         return self.key.mean(dim=1)
 
+    def cut(self, rows: Tensor, m: int) -> Call:
+        """The first m tokens of some rows, which have nothing behind them but padding."""
+        query, key, value = (x[rows, :, :m] for x in (self.query, self.key, self.value))
+        mask = self.mask
+        if mask is not None:
+            mask = mask.expand(len(self.query), *mask.shape[1:])[rows, :, :m, :m]
+        return Call(query, key, value, self.scaling, mask)
+
     def biased(self, bias: Tensor) -> Call:
         return replace(self, mask=biased(self.mask, bias.to(self.query.dtype)))
 
@@ -85,6 +93,7 @@ class Tap:
         if _has_interface(self.attention):
             _follow(self.attention)
 
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.wanted():
             return None
@@ -95,6 +104,7 @@ class Tap:
         mode.__enter__()
         return None
 
+    @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         mode = self._modes.pop()
         if mode is None:

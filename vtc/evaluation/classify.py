@@ -69,7 +69,7 @@ def sweep_encoder(
     named = [] if methods is None else [_pair(spec) for spec in many(methods)]
     for name, options in named:
         compress(model, name, keep=1.0, stage="encoder", **options).remove()
-    others = encoder_methods() if methods is None else []
+    others = list_methods("encoder") if methods is None else []
     others = [name for name in others if name not in baselines and serves(model, name, stage="encoder")]
     found = _scheduled([*named, *((name, {}) for name in others)], schedules)
     beside = [name for name in baselines if (name, {}) not in named]
@@ -86,11 +86,6 @@ def sweep_encoder(
 
     identity = identify(model, classifier.name)
     return complete(output, identity, tasks, settings, runner, command, progress)
-
-
-def encoder_methods() -> list[str]:
-    """The methods that can reduce tokens inside of an encoder."""
-    return [name for name in list_methods() if "encoder" in get_method(name).stages]
 
 
 class Trial:

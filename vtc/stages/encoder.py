@@ -97,7 +97,13 @@ class EncoderStage:
 
     # One forward
 
+    @torch.compiler.disable
     def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "a compressed encoder cannot be exported or traced, because its hooks decide anew for each "
+                "picture: remove() the compression before, or use torch.compile"
+            )
         pixels = args[0] if args else kwargs["pixel_values"]  # (B, 3, H, W)
         grids = self.trunk.grids(pixels, args, kwargs)
         n = pixels.shape[1] if pixels.dim() == 3 else grids[0][0] * grids[0][1]
@@ -306,6 +312,8 @@ def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None)
         raise ValueError(f"carry must be 'gap' or None, not {carry!r}")
     if carry and restore:
         raise ValueError("carry='gap' adds tokens that are no patches, so it goes without restore='unmerge'")
+    if carry and trunk.family.rope:
+        raise ValueError(f"carry='gap' adds tokens that have no place, but {trunk.name} turns keys by places")
     kinds = {need.kind for need in method.needs}
     if "shift" in kinds and not method.after_block:
         raise ValueError(f"method '{method.name}' needs 'shift', known only behind a block: set after_block")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Change, Reduction, Tokens, gather
@@ -29,6 +30,17 @@ def of_group(tokens: Tokens, group: Group, block: int) -> Tokens:
         place=tokens.place[rows, :n],
         extras=extras,
     )
+
+
+def padded(parts: list[tuple[Tensor, Tensor]], n: int, square: bool) -> Tensor:
+    """What was found of each size for rows of a batch, as one, with zeros behind: (b, k, ...) each -> (B, n, ...),
+    and of whole maps (b, H, k, k) each -> (B, H, n, n)."""
+    rows, found = torch.cat([rows for rows, _ in parts]), []
+    for _, part in parts:
+        more = n - part.shape[2 if square else 1]
+        behind = (0, more, 0, more) if square else (0, 0) * (part.dim() - 2) + (0, more)
+        found.append(F.pad(part, behind))
+    return torch.cat(found)[rows.argsort()]
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ..taps import Call, Tap
 from ..threads import ByThread
 from ..tokens import Change, Reduction, added, gather
 from .passage import Passage
+from .ragged import padded
 
 if TYPE_CHECKING:
     from .encoder import EncoderStage
@@ -68,8 +69,10 @@ class Site:
         self._hooks.clear()
         self._visits.clear()
 
-    # In the order in which they are called.
+    # In the order in which they are called. A compiled graph breaks here: to trace what methods do in every
+    # block would take minutes.
 
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Takes the tokens that are left from the patches that the block before showed."""
         x = args[0] if args else kwargs["hidden_states"]  # (B, M, D)
@@ -93,6 +96,7 @@ class Site:
             kwargs = {**kwargs, rope: _positions(kwargs[rope], state.index)}
         return args, kwargs
 
+    @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple) -> None:
         visit = self._visits.get()
         if visit is None or not visit.entered:
@@ -102,12 +106,14 @@ class Site:
             self.stage.note(visit.passage, self.number, args[0], "norm1")
         visit.entered = False
 
+    @torch.compiler.disable
     def _wanted(self) -> bool:
         visit = self._visits.get()
         if visit is None:
             return False
         return self._reads(visit.passage) or self._bias(visit.passage) is not None
 
+    @torch.compiler.disable
     def _see(self, call: Call) -> Tensor | None:
         visit = self._visits.get()
         bias = self._bias(visit.passage)
@@ -116,11 +122,12 @@ class Site:
             call = call if bias is None else call.biased(bias)
             for kind in self.kinds:
                 if kind != "shift":
-                    found = computed(kind, call, 0, self.prefix, visit.passage.suffix)
+                    found = self._computed(kind, call, visit.passage)
                     visit.extras[kind] = found[:, None]  # (B, 1, n, ...)
             self.stage.spent += time.perf_counter() - start
         return bias
 
+    @torch.compiler.disable
     def _shorten(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """In front of the MLP: (B, M, D) -> (B, M - n + K, D)."""
         visit = self._visits.get()
@@ -134,6 +141,7 @@ class Site:
         visit.change = reduction.change(x, size)
         return (self._kept(visit, args[0]),)
 
+    @torch.compiler.disable
     def _lengthen(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Puts the MLP's output to the places of the tokens that stay: (B, M - n + K, D) -> (B, M, D). Nobody
         looks at what is in the other places, unless dropped tokens are shown, which rest as they were."""
@@ -147,6 +155,7 @@ class Site:
             patches.masked_fill_(reduction.source[..., None] < 0, 0)
         return full
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Takes the tokens that stay from the block's output, or shows all patches where someone looks."""
         visit = self._visits.pop()
@@ -200,6 +209,20 @@ class Site:
         """Whether the method is to see this block's attention. It did where a backward runs it again."""
         undecided = self._reduces(passage) and self.number not in passage.states
         return undecided and any(kind != "shift" for kind in self.kinds)
+
+    def _computed(self, kind: str, call: Call, passage: Passage) -> Tensor:
+        """What the method reads of this block's attention, (B, n, ...); pictures of one size at a time."""
+        if passage.padding(self.number) is None:
+            return computed(kind, call, 0, self.prefix, passage.suffix)
+        parts = []
+        for group in passage.groups:
+            found = computed(
+                kind, call.cut(group.rows, self.prefix + group.found(self.number)), 0, self.prefix
+            )
+            parts.append((group.rows, found))
+        n = passage.width(self.number - 1) if self.number else passage.n
+        n += self.prefix if kind == "attention" else 0
+        return padded(parts, n, square=kind == "attention")
 
     def _bias(self, passage: Passage) -> Tensor | None:
         return passage.bias(self.number, self.prefix, self.stage.method.proportional)

@@ -48,9 +48,8 @@ class TowerStage:
         trunk = open_trunk(vision.encoder.tower)
         read = _read(vision, len(trunk.blocks), _layers(vision))
         shown = frozenset(read) | {len(trunk.blocks) - 1}
-        self.encoder = EncoderStage(
-            trunk, method, self._fraction(keep), schedule, None, None, shown, max(read) + 1
-        )
+        self.encoder = _Tower(trunk, method, self._fraction(keep), schedule, None, None, shown, max(read) + 1)
+        self.encoder.pooled = not vision.host.resizable
         self.following = _Following(vision, self.encoder)
 
     @property
@@ -121,6 +120,34 @@ def _read(vision: Vision, depth: int, layers: Layers) -> list[int]:
     layers = [layers] if isinstance(layers, int) else layers
     # Counted over hidden states, of which the first is what enters block 0.
     return [(layer if layer >= 0 else depth + 1 + layer) - 1 for layer in layers]
+
+
+class _Tower(EncoderStage):
+    """Where patches are put together behind it, dropped ones are among them as they last were. So that it is
+    known how that was, all patches are shown from the first block on that drops any.
+
+    pooled  whether tokens may be made of several patches
+    """
+
+    pooled = True
+
+    def install(self) -> None:
+        self._dropping: dict[tuple[int, int, int], bool] = {}  # (block, tokens before and after)
+        super().install()
+
+    def shows(self, passage: Passage, block: int) -> bool:
+        if super().shows(passage, block):
+            return True
+        return self.pooled and (block - 1 in passage.shown or self._drops(passage, block))
+
+    def _drops(self, passage: Passage, block: int) -> bool:
+        if block not in passage.states:
+            return False
+        reduction = passage.states[block].reduction
+        key = (block, reduction.source.shape[1], reduction.k)
+        if key not in self._dropping:  # once, since a GPU would have to wait
+            self._dropping[key] = reduction.pruned or bool((reduction.source < 0).any())
+        return self._dropping[key]
 
 
 @dataclass
