@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--host", default=str(ROOT / "models" / "tiny-clip"))
     parser.add_argument("--task", default="singles")
     parser.add_argument("--methods", nargs="+", help="default: all that run inside of an encoder")
-    parser.add_argument("--keeps", nargs="+", type=float, default=[0.7, 0.5, 0.33, 0.25])
+    parser.add_argument("--keeps", nargs="+", type=float, default=[0.7, 0.5, 0.25])
     parser.add_argument("--schedules", nargs="+", default=["constant", "staged"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=2000)
