@@ -242,6 +242,13 @@ class Pairs(Merge):
         return nearest(keys, kept)
 
 
+class Ordered(Pairs):
+    """The same, and tokens go on in the order of their places, so that a record tells which is which."""
+
+    def assign(self, tokens: Tokens, k: int) -> Reduction:
+        return super().assign(tokens, k).ascending()
+
+
 @dataclass
 class ByCLS(Select):
     """The tokens that CLS attends to most, with the values they have there."""

@@ -3,7 +3,7 @@ dense prediction."""
 
 import pytest
 import torch
-from encoder_oracle import RULES, Watch, bare, close, compressed, equal, shared, tensors
+from encoder_oracle import RULES, Ordered, Watch, bare, close, compressed, equal, shared, tensors
 from tiny.encoders import ENCODERS, make, randomise
 from torch import Tensor, nn
 
@@ -42,13 +42,6 @@ def unmerged(spec, x: Tensor, records, block: int | None = None) -> Tensor:
         assert int(source.min()) == 0
         rows.append(torch.cat([row[: spec.prefix], row[spec.prefix :][source]]))
     return torch.stack(rows)
-
-
-class Ordered(RULES["test-pairs"]):
-    """Tokens go on in the order of their places, so that a record tells which is which."""
-
-    def assign(self, tokens, k):
-        return super().assign(tokens, k).ascending()
 
 
 class Kept(vtc.Select):
@@ -121,16 +114,17 @@ def test_average_pool_in_numbers():
 
 
 @pytest.mark.parametrize("kind", ["avgmax", "max", "token", ""])
-def test_timm_pools_that_are_asked_for_in_the_call(kind):
+def test_other_pools_of_timm(kind):
     spec, model = ENCODERS["timm-avg"], make("timm-avg")
     model.reset_classifier(5, global_pool=kind)
     pixels = spec.images()
-    output, watch, records = None, None, None
-    try:
-        output, watch, records = compressed(spec, model, pixels, Ordered(), **BUDGET)
-    except (ValueError, RuntimeError) as error:  # an average of a maximum has no weighted form
-        assert kind == "avgmax" and "avgmax" in str(error)
+    if kind == "avgmax":  # tokens weighted for the average would be so for the maximum too
+        with pytest.raises(RuntimeError, match="avgmax.*restore='unmerge'"):
+            compressed(spec, model, pixels, Ordered(), **BUDGET)
+        full, watch, _ = compressed(spec, model, pixels, Ordered(), restore="unmerge", **BUDGET)
+        close(full, rest_of_the_model(spec, model, pixels, watch.left[-1]))
         return
+    output, watch, records = compressed(spec, model, pixels, Ordered(), **BUDGET)
     tokens = unmerged(spec, watch.left[-1], records) if kind else watch.left[-1]
     close(output, rest_of_the_model(spec, model, pixels, tokens))
 
@@ -255,7 +249,6 @@ def test_maps_of_an_encoder_that_drops_tokens():
     """A dropped token shows its last state: what it was just before it was dropped."""
     spec, model = ENCODERS["timm-deit"], shared("timm-deit")
     pixels = spec.images()
-    before, _ = None, None
     norm2 = spec.blocks_of(model)[1].norm2
     inputs = []
     hook = norm2.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
@@ -280,42 +273,31 @@ def test_maps_of_an_encoder_that_drops_tokens():
 def test_hidden_states(host):
     """Without restore they are as short as the blocks left them, with it they have all patches."""
     spec, model = ENCODERS[host], make(host)
-    if spec.call.__name__ == "_image_features":
-        model, call = model.vision_model, ENCODERS["CLIPVisionModel"].call
-    else:
-        call = spec.call
-    pixels = spec.images()
-    spec_blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
-    seen = []
-    for restore in (None, "unmerge"):
-        for asked_before in (False, True):  # transformers installs its own hooks when first asked
-            with vtc.compress(model, Ordered(), restore=restore, **BUDGET) as handle:
-                hooks = [b.register_forward_hook(lambda m, a, o: seen.append(o)) for b in spec_blocks]
-                output = call(model, pixels, output_hidden_states=True)
-                for hook in hooks:
-                    hook.remove()
-                states = output.hidden_states
-                assert len(states) == len(spec_blocks) + 1
-                k = len(handle.last[0].index)
-                lengths = [state.shape[1] - spec.prefix for state in states]
-                assert (
-                    lengths[0] == spec.n and lengths[-1] == (k if restore is None else spec.n) and k < spec.n
-                )
-                blocks = [o[0] if isinstance(o, tuple) else o for o in seen]
-                for state, left in zip(states[1:-1], blocks):
-                    assert torch.equal(state, left)
-                seen.clear()
-            assert asked_before or len(call(model, pixels, output_hidden_states=True).hidden_states) == len(
-                states
-            )
+    if host in ("CLIPModel", "SiglipModel"):  # only their encoders give hidden states
+        spec, model = ENCODERS[host.replace("Model", "VisionModel")], model.vision_model
+    pixels, depth = spec.images(), len(spec.blocks_of(model))
+    for _ in range(2):  # transformers installs hooks of its own when it is first asked, which then stay
+        for restore in (None, "unmerge"):
+            with (
+                vtc.compress(model, Ordered(), restore=restore, **BUDGET) as handle,
+                Watch(spec, model) as watch,
+            ):
+                states = spec.call(model, pixels, output_hidden_states=True).hidden_states
+            k = len(handle.last[0].index)
+            assert len(states) == depth + 1 and k < spec.n
+            assert states[0].shape[1] == spec.prefix + spec.n
+            assert states[-1].shape[1] == spec.prefix + (k if restore is None else spec.n)
+            for state, left in zip(states[1:-1], watch.left):  # the last one may be normed
+                assert torch.equal(state, left)
+        full = spec.call(model, pixels, output_hidden_states=True).hidden_states
+        assert all(state.shape[1] == spec.prefix + spec.n for state in full)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("restore", [None, "unmerge"])
 @pytest.mark.parametrize("name", ["Dinov2Backbone", "DINOv3ViTBackbone"])
 def test_backbones_give_full_maps(name, restore):
-    """Backbones of detectors: maps have all patches with restore, without it their reshape must not fail in
-    silence."""
+    """Backbones of detectors make maps, for which all patches are shown in any case."""
     import transformers
 
     config = getattr(transformers, name.replace("Backbone", "Config"))(
@@ -325,12 +307,7 @@ def test_backbones_give_full_maps(name, restore):
     model = randomise(getattr(transformers, name)(config))
     pixels = torch.randn(2, 3, 32, 48)
     expected = model(pixels).feature_maps
-    try:
-        handle = vtc.compress(model, Ordered(), restore=restore, **BUDGET)
-    except ValueError as error:
-        assert restore is None and "unmerge" in str(error)
-        return
-    with handle:
+    with vtc.compress(model, Ordered(), restore=restore, **BUDGET) as handle:
         maps = model(pixels).feature_maps
         assert [m.shape for m in maps] == [m.shape for m in expected] == [(2, 32, 4, 6)] * 2
         assert len(handle.last) == 2 and not torch.allclose(maps[1], expected[1], atol=1e-3)
@@ -397,3 +374,23 @@ def check_restored_pool(host):
         close(found, wanted)
     again, _ = bare(spec, model, pixels)
     assert not torch.allclose(pooled(spec, again)[0], pooled(spec, full)[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_timm_feature_pyramids():
+    """timm's `features_only=True` wraps an encoder and asks it for maps."""
+    import timm
+
+    net = timm.create_model("test_vit", features_only=True, out_indices=(1, 4)).eval()
+    randomise(net)
+    pixels = torch.randn(2, 3, 160, 160)
+    expected = net(pixels)
+    with vtc.compress(net.model, Ordered(), keep=0.3) as handle:
+        maps = net(pixels)
+        assert [m.shape for m in maps] == [m.shape for m in expected] == [(2, 64, 10, 10)] * 2
+        source = handle.last[0].blocks[4][1]
+        patches = maps[1][0].flatten(1).T  # (N, 64)
+        for slot in range(int(source.max()) + 1):
+            members = patches[source == slot]
+            assert torch.equal(members, members[:1].expand_as(members))
+    assert equal(list(net(pixels)), list(expected))

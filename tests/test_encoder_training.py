@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from encoder_oracle import RULES, Watch, bare, close, compressed, equal, run, shared, spied, tensors
+from encoder_oracle import RULES, Ordered, Watch, bare, close, compressed, equal, run, shared, spied, tensors
 from tiny.encoders import ENCODERS, make
 from torch import nn
 
@@ -105,32 +105,18 @@ def test_training_mode_reduces_too(host):
 
 
 def test_stochastic_depth_drops_whole_branches():
-    """A block whose branches are dropped for a picture passes its tokens on, merged ones as averages."""
+    """A block both of whose branches are dropped passes its tokens on, merged ones as plain averages."""
     spec, model = ENCODERS["timm-augreg"], make("timm-augreg").train()
     for module in model.modules():
         if type(module).__name__ == "DropPath":
             module.drop_prob = 1.0 - 1e-9
-    pixels = spec.images()
-    with vtc.compress(model, RULES["test-pairs"](), keep={1: 0.5}) as handle, Watch(spec, model) as watch:
-        torch.manual_seed(0)
-        spec.call(model, pixels)
-    first, second, _ = watch.left
+    with vtc.compress(model, Ordered(), keep={1: 0.5}) as handle, Watch(spec, model) as watch:
+        spec.call(model, spec.images())
+    before, behind, _ = (x[:, 1:].detach() for x in watch.left)
+    assert behind.shape[1] == 12
     for row, record in enumerate(handle.last):
-        index, source = record.blocks[1]
-        for x in second[row, 1:].detach():
-            members = (first[row, 1:].detach() - x).abs().amax(1) < 1e-6
-            assert members.any() or (source.bincount() > 1).any()
-        close(second[row, 1:].mean(0) * 0, torch.zeros(32))
-        sizes = source.bincount(minlength=len(index)).float()
-        order = first_match(second[row, 1:], first[row, 1:], source, sizes)
-        assert order
-    assert second.shape[1] == 1 + 12
-
-
-def first_match(tokens, before, source, sizes) -> bool:
-    """Whether the tokens are, in some order, the averages of the groups of `source`."""
-    means = torch.zeros(len(sizes), 32).index_add(0, source, before.detach()) / sizes[:, None]
-    return bool((torch.cdist(means, tokens.detach()).amin(1) < 1e-4).all())
+        groups = nn.functional.one_hot(record.source, 12).T.float()  # (K, N)
+        close(behind[row], groups @ before[row] / groups.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("method", ["test-pairs", "random"])

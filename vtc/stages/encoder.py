@@ -198,7 +198,7 @@ class EncoderStage:
     def carrying(self, passage: Passage, block: int, x: Tensor) -> Tensor:
         """Carries averages over reductions: behind blocks that reduce, and behind the last but one, all that
         were taken since stand behind the patches; the last block lets go of them. (B, M, D) -> (B, M', D)."""
-        if self.carry is None:
+        if self.carry is None or not passage.reduces_any:
             return x
         takes = [b for b in range(len(self.sites)) if passage.reduces(b) or b == len(self.sites) - 2]
         if block == len(self.sites) - 1:

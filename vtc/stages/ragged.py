@@ -33,8 +33,8 @@ def of_group(tokens: Tokens, group: Group, block: int) -> Tokens:
 
 
 def padded(parts: list[tuple[Tensor, Tensor]], n: int, square: bool) -> Tensor:
-    """What was found of each size for rows of a batch, as one with zeros behind: (B, n, ...) of (b, k, ...) each,
-    and (B, H, n, n) of whole maps (b, H, k, k)."""
+    """What was found of each size for rows of a batch, as one with zeros behind: (B, n, ...) of (b, k, ...)
+    each, and (B, H, n, n) of whole maps (b, H, k, k)."""
     rows, found = torch.cat([rows for rows, _ in parts]), []
     for _, part in parts:
         more = n - part.shape[2 if square else 1]
