@@ -314,8 +314,11 @@ def name_of(model):
     return next((name for name in ("gemma", "cohere", "granite") if name in kind), kind)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@over_budgets
+@pytest.mark.parametrize(
+    "method, options, side",
+    [(*budget, ("left", "right")[i % 2]) for i, budget in enumerate((*BUDGETS, BUDGETS[0]))],
+    ids=str,
+)
 def test_forward_equals_the_shortened_prompt(host, method, options, side):
     _, model, make_inputs = host
     check_oracle(model, make_inputs(**MIXED, side=side), method, options)
@@ -701,6 +704,24 @@ def test_blocks_are_those_of_the_models_call(llava):
         model.model.vision_tower(torch.randn(1, 3, 32, 32))
         for block, (index, source) in handle.last[0].blocks.items():
             assert torch.equal(index, blocks[block][0]) and torch.equal(source, blocks[block][1])
+
+
+def test_rows_of_several_calls_of_the_tower_are_counted_on(llava):
+    """As a family may call it once for each picture."""
+    model, make_inputs = llava
+    pixels = make_inputs((2, 1))["pixel_values"]
+    found = []
+    with compress(model, "random", keep=0.4) as handle, torch.no_grad():
+        following, encoder = handle._stages[0].following, handle._stages[0].encoder
+        for calls in ([pixels], [pixels[:1], pixels[1:]]):
+            with encoder.collecting() as passages:
+                for call in calls:
+                    model.model.vision_tower(call)
+            assert len(passages) == len(calls)
+            following._passages.set(passages)
+            found.append(following._places())
+            following._passages.pop()
+    assert torch.equal(found[0], found[1]) and found[0].max() > 32 and found[0].min() == -1
 
 
 def test_threads_do_not_mix(one):

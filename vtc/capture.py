@@ -147,7 +147,7 @@ def _weights(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) ->
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # grouped queries share keys
     logits = (query @ key.transpose(2, 3)).float().mul_(scaling)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
     return logits.softmax(dim=-1)
 
 
@@ -171,9 +171,22 @@ def _cls_values(call: Call, cls: int) -> Tensor:
 
 def _mean_attention(call: Call, cls: int) -> Tensor:
     """The mean over the queries that may see a key: images in one row do not thin each other out."""
-    query, key, scaling, mask = call.query, call.key, call.scaling, call.mask
+    query, key, mask = call.query, call.key, call.mask
     batch, heads, rows, _ = query.shape
-    step = max(1, max(_ELEMENTS, query.numel()) // (batch * heads * key.shape[2]))
+    most, width = max(_ELEMENTS, 0 if query.is_cpu else query.numel()), heads * key.shape[2]
+    few = max(1, most // (rows * width))  # pictures at a time
+    step = max(1, most // (min(few, batch) * width))
+    found = []
+    for start in range(0, batch, few):
+        part = slice(start, start + few)
+        of_part = mask if mask is None or len(mask) == 1 else mask[part]
+        found.append(_received(query[part], key[part], call.scaling, of_part, step))
+    return torch.cat(found)
+
+
+def _received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, step: int) -> Tensor:
+    """Mean attention of a few pictures, `step` queries at a time: (B, N)."""
+    batch, heads, rows, _ = query.shape
     total = query.new_zeros(batch, key.shape[2], dtype=torch.float32)
     if mask is None:
         for chunk in query.split(step, dim=2):
@@ -184,9 +197,13 @@ def _mean_attention(call: Call, cls: int) -> Tensor:
     real = allowed[:, 0].any(dim=-2)  # (B, N) padding, which no query may see, asks nothing
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
-        few, part = (m if m.shape[-2] == 1 else m[..., chunk, :] for m in (mask, allowed))
-        part = part[:, :1] & real[:, None, chunk, None]  # (B, 1, Q, N)
-        weights = _weights(query[:, :, chunk], key, scaling, few)
+        if mask.shape[-2] == 1:  # all queries see the same keys
+            weights = _weights(query[:, :, chunk], key, scaling, mask)
+            total += (real[:, None, None, chunk].float() @ weights)[:, :, 0].sum(dim=1)
+            seen += real[:, chunk].sum(dim=1, keepdim=True) * real
+            continue
+        part = allowed[:, :1, chunk] & real[:, None, chunk, None]  # (B, 1, Q, N)
+        weights = _weights(query[:, :, chunk], key, scaling, mask[..., chunk, :])
         total += weights.masked_fill(~part, 0).sum(dim=(1, 2))
         seen += part.sum(dim=(1, 2))
     return total / (heads * seen.clamp_min(1))

@@ -149,10 +149,14 @@ class Reduction:
         Only tokens that leave their places have to be looked at. Where a token j joins one at place p, the
         mean becomes x_p + sum of w_j / W (x_j - x_p), and the sum x_p + sum of w_j x_j + (w_p - 1) x_p.
         """
-        if self.pruned:
+        if self.mix is None and (self.pruned or self.k == self.source.shape[1]):
             return None
-        if self.mix is not None or self.combine == "mlerp":
-            return self._every_slot(x)
+        if self.mix is not None:
+            single = gather(x, self.index).float()
+            every = torch.arange(self.k, device=x.device).expand(len(x), -1)
+            return every, self.mix.float() @ x.float() - single
+        if self.combine == "mlerp":
+            return self._longest(x)
         ones = torch.ones_like(self.source, dtype=torch.float32)
         weight = self.weight if self.weight is not None else size
         weight = ones if weight is None else weight.float()
@@ -170,23 +174,25 @@ class Reduction:
         places = self.index.gather(1, slot)
         return slot, gather(x, rest).float() * share + gather(x, places).float() * own
 
-    def _every_slot(self, x: Tensor) -> Change:
-        single = gather(x, self.index).float()
-        new = self.mix.float() @ x.float() if self.mix is not None else self._longest(x, single)
-        return torch.arange(self.k, device=x.device).expand(len(x), -1), new - single
-
-    def _longest(self, x: Tensor, single: Tensor) -> Tensor:
-        """Group means with the length of the longest member (B, K, D); where members cancel out, the token
-        whose place it is gives the direction."""
-        ones = torch.ones_like(self.source, dtype=torch.float32)
-        count = self._sums(ones)[..., None]
-        mean = self._sum(x.float()) / count
-        slot = torch.where(self.source < 0, self.k, self.source)  # dropped tokens go to a spare slot K
-        length = x.float().norm(dim=-1)  # (B, N)
-        longest = length.new_zeros(len(x), self.k + 1).scatter_reduce(1, slot, length, "amax")[:, :-1, None]
+    def _longest(self, x: Tensor) -> Change:
+        """Group means with the length of the longest member; where members cancel out, the token whose place
+        it is gives the direction. Every token that joins brings its part of the change."""
+        rest = self._rest  # (B, R)
+        slot = self.source.gather(1, rest)
+        gone, slot = slot < 0, slot.clamp_min(0)
+        single = gather(x, self.index.gather(1, slot)).float()  # (B, R, D) the token that it joins
+        others = gather(x, rest).float().masked_fill(gone[..., None], 0)
+        same = (slot[:, :, None] == slot[:, None]) & ~gone[:, None]  # (B, R, R)
+        count = same.sum(dim=2).clamp_min(1)[..., None]  # (B, R, 1) that join it
+        first = _rows(same.float().argmax(dim=2), rest.shape[1])
+        flat = others.flatten(0, 1)
+        total = torch.zeros_like(flat).index_add_(0, first, flat).index_select(0, first).view_as(others)
+        mean = (single + total) / (count + 1)
+        length = others.norm(dim=-1)[:, None].expand(same.shape).masked_fill(~same, 0).amax(dim=2)
+        longest = torch.maximum(length, single.norm(dim=-1))[..., None]
         direction = torch.where(mean.norm(dim=-1, keepdim=True) <= 1e-6 * longest, single, mean)
         new = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12) * longest
-        return torch.where(count == 1, single, new)
+        return slot, ((new - single) / count).masked_fill(gone[..., None], 0)
 
     def sizes(self, size: Tensor) -> Tensor:
         """How many patches each slot stands for, where the tokens stood for `size` (B, N): (B, K)."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Merge, Need, register
@@ -57,9 +56,12 @@ class MCTF(Merge):
         weight = received * tokens.size
 
         def step(now: Reduction, r: int) -> Reduction:
-            x = F.normalize(replace(now, weight=weight).apply(tokens.x.float()), dim=-1)
+            x = tokens.x.float()
+            if now.k < tokens.n:
+                x = replace(now, weight=weight).apply(x)
             even, odd = parity(now.k, tokens.prefix, x.device)
-            cosine = x[:, even] @ x[:, odd].transpose(1, 2)  # (B, even, odd)
+            first = tokens.prefix % 2
+            cosine = _cosines(x[:, first::2], x[:, 1 - first :: 2])  # (B, even, odd)
             score = _power((cosine + 1) / 2, self.similarity)  # its logarithm, without what all pairs share
             for quantity, temperature in ((received, self.information), (tokens.size, self.sizes)):
                 alone = _power(now.sizes(quantity), temperature)
@@ -67,6 +69,12 @@ class MCTF(Merge):
             return _both_ways(score, even, odd, r, int(r * self.forth), tokens.prefix)
 
         return replace(in_rounds(tokens, k, step), weight=weight)
+
+
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Of all pairs of x (B, N, D) and y (B, M, D), 0 for vectors of length zero: (B, N, M)."""
+    inverse = [1 / torch.linalg.vector_norm(v, dim=2).clamp_min(1e-12) for v in (x, y)]
+    return (x @ y.transpose(1, 2)) * inverse[0][:, :, None] * inverse[1][:, None]
 
 
 def _power(x: Tensor, temperature: float) -> Tensor:

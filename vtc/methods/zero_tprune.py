@@ -63,25 +63,39 @@ class ZeroTPrune(Select):
     def select(self, tokens: Tokens, k: int) -> Tensor:
         n, prefix = tokens.n, tokens.prefix
         attention = tokens.attention[:, 0].float()  # (B, H, M, M)
-        left = torch.arange(n, device=attention.device).expand(len(attention), n)
+        left, stays = torch.arange(n, device=attention.device).expand(len(attention), n), None
         gone = min(math.floor(self.similar * (n - k) + 0.5), n // 2)
         if gone:
             guide = self.importance(attention, 1, prefix)[:, prefix : prefix + n]
             left = left.gather(1, _unlike(tokens.keys[:, 0], guide, gone))  # (B, n - gone)
-            attention = _among(attention, left, prefix, n)
-        score = self.importance(attention, self._rounds(tokens), prefix)[:, prefix : prefix + n - gone]
+            stays = torch.ones_like(attention[:, 0, 0])  # (B, M), 0 for what is gone
+            stays[:, prefix : prefix + n] = torch.zeros_like(guide).scatter(1, left, 1)
+        score = self.importance(attention, self._rounds(tokens), prefix, stays)
+        score = score[:, prefix : prefix + n].gather(1, left)
         return left.gather(1, score.sort(dim=1, descending=True, stable=True).indices[:, :k])
 
-    def importance(self, attention: Tensor, rounds: int, prefix: int) -> Tensor:
-        """How many votes every token has after so many rounds of passing them on: (B, H, M, M) -> (B, M)."""
-        votes = torch.ones_like(attention[:, :, :1])  # (B, H, 1, M)
+    def importance(self, attention: Tensor, rounds: int, prefix: int, stays: Tensor | None = None) -> Tensor:
+        """How many votes every token has after so many rounds of passing them on: (B, H, M, M) -> (B, M).
+        Tokens whose `stays` (B, M) is 0 neither have nor get any,
+        and the others share theirs among themselves."""
+        shares = torch.ones_like(attention[:, :, :1])  # (B, H, 1, M)
+        if stays is None:
+            stays = shares[:, :1]
+        else:
+            stays = stays[:, None, None]  # (B, 1, 1, M)
+            given = (attention @ stays.transpose(2, 3)).transpose(2, 3)  # to those that stay
+            shares = shares / given.clamp_min(1e-30)
+        count = stays.sum(dim=3)  # (B, 1, 1)
+        votes = stays.expand_as(shares)
         if self.start == "cls" and prefix:
-            votes[..., 0] = votes.shape[3] ** 0.5
+            votes = torch.cat([count[..., None].sqrt().expand(*votes.shape[:2], 1, 1), votes[..., 1:]], 3)
         for _ in range(rounds):
-            votes = votes @ attention
+            votes = (votes * shares) @ attention * stays
         votes = votes[:, :, 0]  # (B, H, M)
         low, high = self.variance
-        variance = votes.var(dim=2, correction=0)
+        stays = stays[:, :, 0]
+        mean = votes.sum(dim=2, keepdim=True) / count
+        variance = ((votes - mean).square() * stays).sum(dim=2) / count[..., 0]
         heads = (variance >= low) & (variance <= high)  # (B, H)
         heads |= ~heads.any(dim=1, keepdim=True)
         total = (votes.square() * heads[..., None]).sum(dim=1)
@@ -111,15 +125,3 @@ def _unlike(keys: Tensor, importance: Tensor, gone: int) -> Tensor:
     similar = less.gather(1, closest.sort(dim=1, descending=True, stable=True).indices[:, :gone])
     removed = torch.zeros_like(order).scatter(1, similar, 1)
     return removed.argsort(dim=1, stable=True)[:, : n - gone]
-
-
-def _among(attention: Tensor, left: Tensor, prefix: int, n: int) -> Tensor:
-    """Attention (B, H, M, M) among the patches that are left (B, L) and all tokens around the patches."""
-    batch, heads, m, _ = attention.shape
-    around = torch.arange(m, device=left.device).expand(batch, m)
-    index = torch.cat([around[:, :prefix], prefix + left, around[:, prefix + n :]], dim=1)[
-        :, None
-    ]  # (B, 1, L')
-    rows = attention.gather(2, index[..., None].expand(-1, heads, -1, m))
-    square = rows.gather(3, index[:, :, None].expand(-1, heads, index.shape[2], -1))
-    return square / square.sum(dim=3, keepdim=True).clamp_min(torch.finfo(square.dtype).tiny)

@@ -62,7 +62,7 @@ class TowerStage:
 
     @keep.setter
     def keep(self, keep: Budget) -> None:
-        self.encoder.keep = self.following.keep = keep
+        self.encoder.keep = keep
 
     def check(self, keep: Budget) -> Budget:
         return self.encoder.check(self._fraction(keep))
@@ -188,10 +188,8 @@ class _Following(FeaturesStage):
         self.encoder = encoder
         self.singles: tuple[list[Record], Passage | None] = ([], None)
         self._passages: ByThread[list[Passage]] = ByThread()
-        super().__init__(vision, _Equal(), encoder.keep, "keep", "proportional")
-
-    def check(self, keep: Budget) -> Budget:
-        return keep
+        # All of what has left the tower: that is known without recording anything.
+        super().__init__(vision, _Equal(), 1.0, "keep", "proportional")
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._passages.get() is not None:  # videos may go through the method for images
