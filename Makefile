@@ -13,7 +13,7 @@ test: lint
 
 # The table of families anew, from the outcomes of its tests.
 families: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/test_families.py tests/test_memory.py --families
+	$(BIN)/python -m pytest tests/test_families.py tests/test_memory.py tests/test_tower.py --families
 	$(BIN)/vtc report eval/results/tiny-llava-scenes.jsonl --readme README.md
 
 lint: $(VENV)/.installed

@@ -301,6 +301,17 @@ class Behind(Merge):
 
 
 @dataclass
+class Mixed(Pairs):
+    """Merges in even blocks and prunes in odd ones: what is pruned there stands for several patches."""
+
+    name = "test-mixed"
+
+    def assign(self, tokens: Tokens, k: int) -> Reduction:
+        merged = super().assign(tokens, k)
+        return Reduction.select(merged.index, tokens.n) if tokens.layer % 2 else merged
+
+
+@dataclass
 class Soft(Merge):
     """Every token is in every slot a little."""
 
@@ -324,7 +335,7 @@ def nearest(x: Tensor, kept: Tensor) -> Reduction:
     return Reduction(kept, alike.argmax(2).scatter(1, kept, slots))
 
 
-RULES = {rule.name: rule for rule in (Pairs, ByCLS, Turned, Behind, Soft)}
+RULES = {rule.name: rule for rule in (Pairs, ByCLS, Turned, Behind, Mixed, Soft)}
 
 
 def spied(method: Method) -> tuple[Method, list[Tokens]]:

@@ -172,12 +172,13 @@ def test_rounds_ask_for_one_bool_each_and_no_data(monkeypatch):
     assert 4 <= len(asked) <= 16
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("linkage", LINKAGES)
-def test_on_a_gpu(linkage):
+def test_labels_stay_on_their_device(linkage, device):
     distance = distances(32, 196, dim=64)
-    labels = agglomerate(distance.cuda(), 98, linkage)
-    assert labels.is_cuda and torch.equal(labels.cpu(), agglomerate(distance, 98, linkage))
+    labels = agglomerate(distance.to(device), 98, linkage)
+    assert labels.device.type == device
+    assert torch.equal(labels.cpu(), by_rounds(distance, 98, linkage))
 
 
 def test_what_cannot_be_clustered_is_refused():

@@ -42,7 +42,9 @@ def made(name):
     return RULES[name]() if name in RULES else vtc.get_method(name)
 
 
-ON_ALL = pairs(["test-pairs", "test-cls"], ENCODERS) + pairs(["test-turned", "test-behind", "test-soft"], FEW)
+ON_ALL = pairs(["test-pairs", "test-cls"], ENCODERS) + pairs(
+    [name for name in RULES if name not in ("test-pairs", "test-cls")], FEW
+)
 ON_ALL += pairs(METHODS, ("timm-deit", "timm-siglip"))
 over_all = pytest.mark.parametrize("method, host", ON_ALL)
 over_hosts = pytest.mark.parametrize("host", ENCODERS)
@@ -391,12 +393,9 @@ def test_autocast(host):
     assert [len(r.index) for r in records] == [len(r.index) for r in expected]
 
 
-@pytest.mark.parametrize("host", TRANSFORMERS)
-@pytest.mark.parametrize("method", ["test-pairs", "test-turned", "test-cls"])
+@pytest.mark.parametrize("method, host", pairs(["test-pairs", "test-turned", "test-cls"], TRANSFORMERS))
 def test_sdpa_and_eager_agree(host, method):
     spec, model = ENCODERS[host], shared(host)
-    if not serves(made(method), spec):
-        pytest.skip("there is no CLS token")
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     results = [
@@ -412,12 +411,10 @@ def test_sdpa_and_eager_agree(host, method):
 # -- merging
 
 
-@over_hosts
+@pytest.mark.parametrize("host", [host for host, spec in ENCODERS.items() if spec.prefix])
 def test_prefix_tokens_are_left_alone(host):
     """CLS, distillation and register tokens come out of the first reduction as they went in, bit for bit."""
     spec, model = ENCODERS[host], shared(host)
-    if not spec.prefix:
-        pytest.skip("there is no prefix token")
     norm2 = next(
         module
         for name, module in spec.blocks_of(model)[0].named_children()
@@ -500,14 +497,17 @@ def only_pooled(spec, output):
 # -- averages that are carried over reductions
 
 
-@pytest.mark.parametrize("method", ["test-pairs", "test-cls", "test-turned", "test-behind"])
-@pytest.mark.parametrize("host", ["timm-dinov2", "timm-siglip", "open_clip-tok", "CLIPVisionModel"])
+@pytest.mark.parametrize(
+    "method, host",
+    pairs(
+        ["test-pairs", "test-cls", "test-turned", "test-behind"],
+        ["timm-dinov2", "timm-siglip", "open_clip-tok", "CLIPVisionModel"],
+    ),
+)
 def test_carried_averages(host, method):
     """carry="gap": behind each reducing block and the last but one, the averages of the blocks since the one
     before join the sequence; they are never reduced, and do not leave the encoder."""
     spec, model = ENCODERS[host], shared(host)
-    if not serves(made(method), spec):
-        pytest.skip("there is no CLS token")
     pixels, blocks = spec.images(), spec.blocks_of(model)
     _, watch = bare(spec, model, pixels)
     for keep in ({1: 0.6}, {0: 0.7, 1: -2, 3: 5}, {2: 0.5}):

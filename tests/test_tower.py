@@ -319,9 +319,11 @@ def name_of(model):
     [(*budget, ("left", "right")[i % 2]) for i, budget in enumerate((*BUDGETS, BUDGETS[0]))],
     ids=str,
 )
-def test_forward_equals_the_shortened_prompt(host, method, options, side):
-    _, model, make_inputs = host
+@pytest.mark.shows("encoder stage")
+def test_forward_equals_the_shortened_prompt(host, method, options, side, record_property):
+    name, model, make_inputs = host
     check_oracle(model, make_inputs(**MIXED, side=side), method, options)
+    record_property("encoder", "tower" if name in SEVERAL else "tower and prompt")
 
 
 CACHES = {

@@ -18,6 +18,7 @@ from .tokens import check_keep
 
 _STAGES = ("encoder", "features")
 _HANDLE = "_vtc_handle"
+_ENCODER = "_vtc_encoder"  # where the encoder stage notes itself, also in the tower of a larger model
 
 Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
 
@@ -161,6 +162,7 @@ def compress(
             f"this {type(model).__name__} is compressed already ({handle.describe()}): "
             "call vtc.restore(model) first, or pass replace=True"
         )
+    _refuse_twice(opened)
     if len(steps) > 1:
         raise ValueError("the encoder stage and the features stage cannot be combined yet: give one method")
     stages = [_stage(opened, **step) for step in steps]
@@ -212,6 +214,22 @@ def _forget_graphs() -> None:
 def _open(model: nn.Module) -> Vision | Trunk:
     """The parts of a vision-language model or of a vision transformer. ValueError for any other model."""
     return open_trunk(model) if not is_vlm(model) and find_tower(model) else open_host(model)
+
+
+def _refuse_twice(opened: Vision | Trunk) -> None:
+    """Raises RuntimeError where a model and the vision tower in it would both be compressed."""
+    if isinstance(opened, Vision):
+        found = find_tower(opened.encoder.tower)
+        if found and _HANDLE in vars(found[0]):
+            raise RuntimeError(
+                f"the vision tower of this {type(opened.model).__name__} is compressed by itself already: "
+                "restore it, and compress the whole model with stage='encoder'"
+            )
+    elif _HANDLE not in vars(opened.tower) and _ENCODER in vars(opened.tower):
+        raise RuntimeError(
+            f"this {type(opened.tower).__name__} belongs to a model that is compressed at stage 'encoder' "
+            "already: restore that one before"
+        )
 
 
 def _offered(opened: Vision | Trunk) -> tuple[str, ...]:

@@ -58,8 +58,10 @@ class Capture:
     def _see(self, layer: int, call: Call) -> None:
         recording = self._recordings.get()
         starts = call.starts  # a fused kernel keeps images apart that share one row
-        spans = [(0, call.query.shape[2])] if starts is None else zip(starts.tolist(), starts[1:].tolist())
-        for start, stop in spans:
+        if starts is None:
+            recording.add(layer, call)
+            return
+        for start, stop in zip(starts.tolist(), starts[1:].tolist()):
             part = slice(start, stop)
             tensors = (call.query[:, :, part], call.key[:, :, part], call.value[:, :, part])
             recording.add(layer, Call(*tensors, call.scaling, call.mask))

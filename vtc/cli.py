@@ -59,11 +59,14 @@ def _methods(options: argparse.Namespace) -> None:
 
 def _hosts(options: argparse.Namespace) -> None:
     """list the families of models"""
-    from .hosts.support import COLUMNS, refused, rows
+    from .hosts.support import MEANING, refused, rows
+    from .hosts.trunk import FAMILIES
 
     _print_columns(rows())
     print()
-    _print_columns(COLUMNS.items())
+    _print_columns(MEANING.items())
+    print("\nVision transformers, by themselves or with a head or a text encoder, at stage 'encoder':")
+    _print_columns([(family.name,) for family in FAMILIES])
     print("\nNot served:")
     _print_columns(refused())
 

@@ -117,7 +117,7 @@ def methods_table() -> str:
 def hosts_table() -> str:
     """All families of models that `compress()` knows, and those that it refuses."""
     heading, *families = support.rows()
-    meaning = "; ".join(f"*{column}*: {what}" for column, what in support.COLUMNS.items())
+    meaning = "; ".join(f"*{column}*: {what}" for column, what in support.MEANING.items())
     why = [["not served", "why"], *([f"`{model_type}`", reason] for model_type, reason in support.refused())]
     table = tables.markdown([heading, *families], "l" * len(heading))
     return f"{table}\n\n{meaning}.\n\n{tables.markdown(why, 'll')}"

@@ -20,6 +20,10 @@ COLUMNS = {
     "half precision": "bfloat16",
     "training": "gradients reach the vision tower and are finite",
 }
+MEANING = {
+    **COLUMNS,
+    "encoder stage": "what is shortened where the tower itself reduces tokens: it alone, or the prompt too",
+}
 # what a bare model may lack, in words; and the column that is about just that
 _NAMES = {
     "cache": "a cache of its own in forward()",
@@ -43,7 +47,7 @@ def families() -> dict[str, dict[str, Any]]:
 
 def rows() -> list[list[str]]:
     """The table of families, its heading first."""
-    table = [["family", "methods may read", "positions", *COLUMNS, "bare model lacks"]]
+    table = [["family", "methods may read", "positions", *COLUMNS, "encoder stage", "bare model lacks"]]
     for family, shown in families().items():
         types = [f"({', '.join(shown['model_types'])})"] if shown["model_types"] != [family] else []
         lacking = {_ABOUT.get(lack) for lack in shown["lacks"]}
@@ -52,7 +56,8 @@ def rows() -> list[list[str]]:
         positions = ", ".join(shown["positions"]) or "-"
         lacks = ", ".join(_NAMES.get(lack, lack) for lack in shown["lacks"])
         lacks = lacks if shown["hosts"] else _OWN_TESTS
-        table.append([" ".join([family, *types]), reads, positions, *marks, lacks])
+        encoder = shown["encoder"] or "-"
+        table.append([" ".join([family, *types]), reads, positions, *marks, encoder, lacks])
     return table
 
 

@@ -15,7 +15,7 @@ from ..taps import Call, Tap
 if TYPE_CHECKING:
     from .encoder import EncoderStage
 
-_STAGE = "_vtc_encoder"  # where a wrapped method finds its stage, as it must on a deep copy
+STAGE = "_vtc_encoder"  # where a wrapped method finds its stage, as it must on a deep copy
 
 
 def consumers(stage: EncoderStage) -> list[Any]:
@@ -49,19 +49,17 @@ class _Method:
         tower = self.stage.trunk.tower
         original = getattr(tower, self.name).__func__
         self.wrapper = functools.wraps(original)(self.made(original))
-        setattr(tower, _STAGE, self.stage)
         setattr(tower, self.name, MethodType(self.wrapper, tower))
 
     def remove(self) -> None:
         tower = self.stage.trunk.tower
         if getattr(vars(tower).get(self.name), "__func__", None) is self.wrapper:
             delattr(tower, self.name)
-        vars(tower).pop(_STAGE, None)
 
 
 def _mapping(original: Any) -> Any:
     def method(tower: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with getattr(tower, _STAGE).mapping():
+        with getattr(tower, STAGE).mapping():
             return original(tower, *args, **kwargs)
 
     return method
@@ -70,7 +68,7 @@ def _mapping(original: Any) -> Any:
 def _timm_pool(original: Any) -> Any:
     def pool(tower: nn.Module, x: Tensor, pool_type: str | None = None) -> Any:
         kind = tower.global_pool if pool_type is None else pool_type
-        stage = getattr(tower, _STAGE)
+        stage = getattr(tower, STAGE)
         if tower.attn_pool is None and kind not in ("token", "max", ""):
             first = 0 if getattr(tower, "pool_include_prefix", False) else tower.num_prefix_tokens
             x = _weighted(stage, x, first, f"global_pool={kind!r}" if kind != "avg" else None)
@@ -82,7 +80,7 @@ def _timm_pool(original: Any) -> Any:
 def _open_clip_pool(original: Any) -> Any:
     def pool(tower: nn.Module, x: Tensor) -> Any:
         if tower.pool_type == "avg" and tower.attn_pool is None:
-            pooled, _ = original(tower, _weighted(getattr(tower, _STAGE), x, 1))
+            pooled, _ = original(tower, _weighted(getattr(tower, STAGE), x, 1))
             return pooled, x[:, 1:]
         return original(tower, x)
 

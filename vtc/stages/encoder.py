@@ -18,7 +18,7 @@ from ..schedule import Budget, Schedule, check_budget, counts, show
 from ..taps import refusal
 from ..threads import ByThread
 from ..tokens import Reduction, Tokens
-from .consumers import consumers
+from .consumers import STAGE, consumers
 from .features import check_reduction, lots_of
 from .passage import Group, Passage, Seen, State
 from .ragged import Ragged, of_group
@@ -77,11 +77,13 @@ class EncoderStage:
         return {name: value for name, value in told.items() if value is not None}
 
     def install(self) -> None:
+        setattr(self.trunk.tower, STAGE, self)
         self._entry = self.trunk.entry.register_forward_pre_hook(self._start, with_kwargs=True)
         for part in (*self.sites, *self._consumers):
             part.install()
 
     def remove(self) -> None:
+        delattr(self.trunk.tower, STAGE)
         self._entry.remove()
         for part in (*self._consumers, *self.sites):
             part.remove()

@@ -19,7 +19,7 @@ from ..hosts import is_vlm
 from ..hosts.trunk import Block, Trunk, open_trunk
 from ..methods.diffrate import DiffRate
 from ..schedule import Budget, Schedule, check_budget, check_schedule, counts
-from ..stages.consumers import consumers
+from ..stages.consumers import STAGE, consumers
 from ..taps import Call, Tap, refusal
 from ..threads import ByThread
 from ..tokens import Tokens
@@ -173,6 +173,7 @@ class _Learner:
         parts = [_Site(self, number, block) for number, block in enumerate(self.trunk.blocks)]
         parts += consumers(self)
         done = []
+        setattr(self.trunk.tower, STAGE, self)
         try:
             for part in parts:
                 part.install()
@@ -181,6 +182,7 @@ class _Learner:
         finally:
             for part in reversed(done):
                 part.remove()
+            delattr(self.trunk.tower, STAGE)
 
     # One forward
 
