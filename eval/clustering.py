@@ -10,6 +10,7 @@ Run from the repository's root:
     python eval/clustering.py --threads 1 --clock cpu  # on a machine that others use too
     python eval/clustering.py --forward                # what it is of a dense ViT-B's time
     python eval/clustering.py --table                  # the rows as Markdown
+    python eval/clustering.py --readme README.md       # fills its part <!-- clustering:begin -->
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from vtc.clustering import LINKAGES, agglomerate
 from vtc.cost import compare, device_name, versions
+from vtc.evaluation.report import fill_parts
 from vtc.evaluation.results import Results, Row, read_rows
 from vtc.evaluation.tables import markdown
 
@@ -134,6 +136,13 @@ def table(rows: list[Row]) -> str:
     return markdown(lines, "llrlrrlrrrrr")
 
 
+def block(rows: list[Row]) -> str:
+    """The table with how it was made."""
+    made = {(row["command"], (row["versions"]["commit"] or "no commit")[:10]): None for row in rows}
+    by = "; ".join(f"`{command}` at commit {commit}" for command, commit in made)
+    return f"{table(rows)}\n\nMade by {by}."
+
+
 def _spread(seconds: list[float]) -> list[float]:
     return [statistics.median(seconds), min(seconds), max(seconds)]
 
@@ -157,8 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=OUTPUT)
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown and measure nothing")
+    parser.add_argument("--readme", type=Path, help="fill this file's part and measure nothing")
     options = parser.parse_args(arguments)
-    if not options.table:
+    if options.readme:
+        fill_parts(options.readme, {"clustering": lambda: block(read_rows(options.out)[0])})
+    elif not options.table:
         given = sys.argv[1:] if arguments is None else arguments
         command = shlex.join(["python", "eval/clustering.py", *given])
         with Results(options.out) as results:

@@ -21,9 +21,12 @@ import vtc
 from vtc.cost import versions
 from vtc.evaluation.classifiers import Classifier, open_classifier
 from vtc.evaluation.pictures import load_pictures
-from vtc.evaluation.results import Results
+from vtc.evaluation.report import fill_parts
+from vtc.evaluation.results import Results, Row, read_rows
+from vtc.evaluation.tables import markdown
 
 ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "eval" / "results" / "finetune-encoder.jsonl"
 
 
 def accuracy(classifier: Classifier, task, batch: int = 100) -> float:
@@ -62,6 +65,26 @@ def train(classifier: Classifier, task, steps: int, batch: int, lr: float) -> li
     return losses
 
 
+def block(rows: list[Row]) -> str:
+    """The table with how it was made."""
+    names = ("full", "before", "control", "after")
+    heading = [
+        "method",
+        "all tokens",
+        "before",
+        "after training with all tokens",
+        "after training through it",
+    ]
+    lines = [[f"`{row['method']}`", *(f"{100 * row[name]:.1f}" for name in names)] for row in rows]
+    made = {(row["command"], (row["versions"]["commit"] or "no commit")[:10]): None for row in rows}
+    by = "; ".join(f"`{command}` at commit {commit}" for command, commit in made)
+    one = rows[0]
+    return (
+        f"{markdown([heading, *lines], 'lrrrr')}\n\nAccuracy in per cent on {one['items']} test pictures at keep "
+        f"{one['keep']}, {one['steps']} steps of {one['batch']} pictures. Made by {by}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["tome", "evit", "random"])
@@ -72,8 +95,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2000, help="test pictures")
     parser.add_argument("--training-pictures", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=ROOT / "eval" / "results" / "finetune-encoder.jsonl")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--readme", type=Path, help="fill this file's part 'finetune' and train nothing")
     options = parser.parse_args()
+    if options.readme:
+        fill_parts(options.readme, {"finetune": lambda: block(read_rows(options.output)[0])})
+        return
     torch.set_num_threads(options.threads)
     test = load_pictures("singles", options.pictures, "test")
     training = load_pictures("singles", options.training_pictures, "train")

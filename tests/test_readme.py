@@ -1,5 +1,6 @@
 """What the README shows runs as it stands there, and its generated parts are what the registries say."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vtc.cli import main
-from vtc.evaluation.report import hosts_table, load_boards, methods_table, results_block
+from vtc.evaluation.report import encoders_block, hosts_table, load_boards, methods_table, results_block
+from vtc.evaluation.results import read_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,7 +61,17 @@ def test_make_has_the_two_commands():
 def test_generated_tables_are_up_to_date():
     assert generated("methods") == methods_table()
     assert generated("hosts") == hosts_table()
+    encoders = load_boards(ROOT / "eval/results/tiny-clip-singles.jsonl")
+    assert generated("encoders") == encoders_block(encoders)
     assert generated("results") == results_block(load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl"))
+
+
+@pytest.mark.parametrize("name, part", [("clustering", "clustering"), ("finetune_encoder", "finetune")])
+def test_parts_filled_by_eval_scripts_are_up_to_date(name, part):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert generated(part) == script.block(read_rows(script.OUTPUT)[0])
 
 
 def test_linked_files_exist():

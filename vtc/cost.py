@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .api import Handle, compress, current, unwrap
 from .flops import Lengths, counted, flops
-from .hosts import Vision, open_host
+from .hosts import Vision, is_vlm, open_host
+from .hosts.trunk import find_tower
 
 
 @torch.no_grad()
@@ -46,9 +47,14 @@ def profile(model: nn.Module, inputs: dict[str, Any], repeats: int = 5) -> dict[
     compressor_seconds     median time of the compressor itself, on the host's clock
     compressor_share       the same as a part of first_token_seconds
     peak_memory_bytes      what peak_memory says, in bytes; None where the system does not tell
-    Raises ValueError without an image.
+    Raises ValueError without an image, and for a vision transformer by itself: `vtc.encoder_cost` has those.
     """
     model = unwrap(model)
+    if not is_vlm(model) and find_tower(model):
+        raise ValueError(
+            f"profile() measures prompts, and {type(model).__name__} is a vision transformer by itself: use "
+            "vtc.encoder_cost.encoder_cost()"
+        )
     vision, handle = open_host(model), current(model)
     call = first_token(model, inputs)
     with recording(model) as noted, _observed(model, vision) as lengths:
