@@ -68,20 +68,14 @@ def train(classifier: Classifier, task, steps: int, batch: int, lr: float) -> li
 def block(rows: list[Row]) -> str:
     """The table with how it was made."""
     names = ("full", "before", "control", "after")
-    heading = [
-        "method",
-        "all tokens",
-        "before",
-        "after training with all tokens",
-        "after training through it",
-    ]
+    heading = ["method", "all tokens", "before", "trained with all tokens", "trained through it"]
     lines = [[f"`{row['method']}`", *(f"{100 * row[name]:.1f}" for name in names)] for row in rows]
     made = {(row["command"], (row["versions"]["commit"] or "no commit")[:10]): None for row in rows}
     by = "; ".join(f"`{command}` at commit {commit}" for command, commit in made)
     one = rows[0]
     return (
-        f"{markdown([heading, *lines], 'lrrrr')}\n\nAccuracy in per cent on {one['items']} test pictures at keep "
-        f"{one['keep']}, {one['steps']} steps of {one['batch']} pictures. Made by {by}."
+        f"{markdown([heading, *lines], 'lrrrr')}\n\nAccuracy in per cent on {one['items']} test pictures at "
+        f"keep {one['keep']}; {one['steps']} steps of {one['batch']} pictures. Made by {by}."
     )
 
 
