@@ -10,7 +10,7 @@ from torch import nn
 
 from .allocate import ALLOCATIONS
 from .hosts import Vision, features_owner, is_vlm, open_host
-from .hosts.trunk import Trunk, find_tower, open_trunk
+from .hosts.trunk import Trunk, find_tower, open_trunk, path_of_tower
 from .method import Method, get_method
 from .record import Record
 from .schedule import Budget, Schedule, check_schedule
@@ -44,7 +44,7 @@ class Handle:
     def keep(self, keep: Budget | dict[str, Budget]) -> None:
         if not self._on:
             raise RuntimeError("this handle was removed from its model: call vtc.compress() again")
-        by_stage = isinstance(keep, dict) and all(isinstance(name, str) for name in keep)
+        by_stage = isinstance(keep, dict) and keep and all(isinstance(name, str) for name in keep)
         budgets = keep if by_stage else {self._stages[-1].name: keep}
         stages = {stage.name: stage for stage in self._stages}
         if unknown := set(budgets) - set(stages):
@@ -213,7 +213,14 @@ def _forget_graphs() -> None:
 
 def _open(model: nn.Module) -> Vision | Trunk:
     """The parts of a vision-language model or of a vision transformer. ValueError for any other model."""
-    return open_trunk(model) if not is_vlm(model) and find_tower(model) else open_host(model)
+    if is_vlm(model):
+        return open_host(model)
+    if not find_tower(model) and (path := path_of_tower(model)):
+        raise ValueError(
+            f"{type(model).__name__} is no known host, but the {type(model.get_submodule(path)).__name__} in "
+            f"it is: compress model.{path}"
+        )
+    return open_trunk(model) if find_tower(model) else open_host(model)
 
 
 def _refuse_twice(opened: Vision | Trunk) -> None:

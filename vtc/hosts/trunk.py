@@ -106,8 +106,16 @@ class Trunk:
         if pixels.dim() == 3:
             shapes = kwargs["spatial_shapes"] if "spatial_shapes" in kwargs else args[1]
             return [tuple(shape) for shape in shapes.tolist()]
-        size = patch_size(self.tower)
-        return [tuple(-(-side // patch) for side, patch in zip(pixels.shape[-2:], size))] * len(pixels)
+        sides = pixels.shape[-2:]
+        if hasattr(self.entry, "dynamic_feat_size"):  # timm
+            grid = tuple(self.entry.dynamic_feat_size(sides))
+        else:
+            size = (
+                self.tower.patch_size if hasattr(self.tower, "patch_size") else self.tower.config.patch_size
+            )
+            size = (size, size) if isinstance(size, int) else size
+            grid = tuple(side // patch for side, patch in zip(sides, size))
+        return [grid] * max(1, len(pixels))
 
 
 def find_tower(model: nn.Module) -> tuple[nn.Module, Family] | None:
@@ -122,6 +130,11 @@ def find_tower(model: nn.Module) -> tuple[nn.Module, Family] | None:
         if isinstance(module, nn.Module) and (found := find_tower(module)):
             return found
     return None
+
+
+def path_of_tower(model: nn.Module) -> str | None:
+    """Where in a model there is a vision transformer that is known."""
+    return next((name for name, module in model.named_modules() if name and find_tower(module)), None)
 
 
 def open_trunk(model: nn.Module) -> Trunk:
@@ -143,13 +156,6 @@ def open_trunk(model: nn.Module) -> Trunk:
     prefix, has_cls = _prefix(tower)
     parts = [_block(block) for block in blocks]
     return Trunk(family, tower, model, tower.get_submodule(family.entry), parts, prefix, has_cls)
-
-
-def patch_size(tower: nn.Module) -> tuple[int, int]:
-    size = getattr(tower, "patch_size", None)  # open_clip
-    if size is None:
-        size = tower.patch_embed.patch_size if hasattr(tower, "patch_embed") else tower.config.patch_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _names(model: nn.Module) -> set[str]:

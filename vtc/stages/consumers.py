@@ -24,7 +24,7 @@ def consumers(stage: EncoderStage) -> list[Any]:
     parts: list[Any] = [_Method(stage, name, _mapping) for name in family.grids]
     pool = getattr(tower, "attn_pool", None)
     if family.pools == "timm":
-        parts.append(_Method(stage, "pool", _timm_pool))
+        parts += [_Method(stage, "pool", _timm_pool), _Norm(stage, tower.norm)]
         parts += [_attention_pool(stage, pool)] if pool is not None else []
     if family.pools == "open_clip":
         parts.append(_Method(stage, "_global_pool", _open_clip_pool))
@@ -69,6 +69,7 @@ def _timm_pool(original: Any) -> Any:
     def pool(tower: nn.Module, x: Tensor, pool_type: str | None = None) -> Any:
         kind = tower.global_pool if pool_type is None else pool_type
         stage = getattr(tower, STAGE)
+        stage.pools(x)
         if tower.attn_pool is None and kind not in ("token", "max", ""):
             first = 0 if getattr(tower, "pool_include_prefix", False) else tower.num_prefix_tokens
             x = _weighted(stage, x, first, f"global_pool={kind!r}" if kind != "avg" else None)
@@ -85,6 +86,23 @@ def _open_clip_pool(original: Any) -> Any:
         return original(tower, x)
 
     return pool
+
+
+class _Norm:
+    """The last norm: a head may be called with what it gives later, after other forwards."""
+
+    def __init__(self, stage: EncoderStage, norm: nn.Module):
+        self.stage, self.norm = stage, norm
+
+    def install(self) -> None:
+        self._hook = self.norm.register_forward_hook(self._note)
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+    @torch.compiler.disable
+    def _note(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.stage.leaves_as(output)
 
 
 def _attention_pool(stage: EncoderStage, attention: nn.Module) -> Tap:

@@ -92,6 +92,7 @@ class EncoderStage:
     def _clear(self) -> None:
         self._current: ByThread[Passage] = ByThread()
         self._done: ByThread[Passage] = ByThread()  # what a pooler finds
+        self._recent_done: deque[Passage] = deque(maxlen=_RECENT)
         self._collected: ByThread[list[Passage]] = ByThread()
         self._mapping: ByThread[bool] = ByThread()  # True inside a method that makes maps of the tokens
         self.classifying: ByThread[bool] = ByThread()  # True inside a model with a head
@@ -166,6 +167,9 @@ class EncoderStage:
         self, block: int, passage: Passage, x: Tensor, size: Tensor, extras: dict[str, Tensor]
     ) -> Reduction:
         """What leaves a block of the patch tokens x (B, n, D)."""
+        if not len(x):  # no pictures, of which methods know nothing
+            none = torch.arange(passage.width(block), device=x.device).expand(0, -1)
+            return Reduction.select(none, x.shape[1])
         state = passage.state(block)
         tokens = Tokens(
             x.detach(),
@@ -225,6 +229,7 @@ class EncoderStage:
             if block == len(self.sites) - 1:
                 self._current.pop()
                 self._done.set(passage)
+                self._recent_done.append(passage)
                 if (collected := self._collected.get()) is not None:
                     collected.append(passage)
                 passage.short = None
@@ -249,6 +254,28 @@ class EncoderStage:
             yield
         finally:
             self._mapping.pop()
+
+    def leaves_as(self, x: Tensor) -> None:
+        """x is what has left the encoder in this thread."""
+        passage = self._done.get()
+        if passage is not None and passage.left_as is None:
+            passage.left_as = Seen.of(x)
+
+    @torch.compiler.disable
+    def pools(self, x: Tensor) -> None:
+        """What is pooled now is x, maybe of an earlier forward. Raises RuntimeError where it is of none."""
+        if self._left_reduced() is None and not any(p.states for p in self._recent_done):
+            return
+        seen = Seen.of(x)
+        for passage in reversed(self._recent_done):
+            known = passage.left_as
+            if known is not None and (known.address == seen.address or known.same_values(seen)):
+                self._done.set(passage)
+                return
+        raise RuntimeError(
+            f"these tokens are not what {self.trunk.name} gave in one of its last {_RECENT} forwards: pool "
+            "what forward_features() returns, or give restore='unmerge' to compress()"
+        )
 
     def sizes(self) -> Tensor | None:
         """How many patches each token stands for that has left the encoder in this thread, (B, K). None where

@@ -92,6 +92,7 @@ class Passage:
     full      every block shows all N patches, un-merged, to whoever looks at its output
     training  a backward may run blocks once more
     seen      what entered each block, by which such a run is recognised
+    left_as   what has left the encoder, by which poolers that are called later know it
     carried   averages that wait for the next block that takes them up, and how many stand behind the patches
     """
 
@@ -104,6 +105,7 @@ class Passage:
     seen: dict[tuple[int, str], Seen | None] = field(default_factory=dict)
     shown: set[int] = field(default_factory=set)
     short: Tensor | None = None
+    left_as: Seen | None = None
     carried: list[Tensor] = field(default_factory=list)
     suffix: int = 0
 
