@@ -157,7 +157,7 @@ def test_captions_count(monkeypatch):
     captions = captions_of(monkeypatch)
     model, spec = make("timm-deit"), ENCODERS["timm-deit"]
     for keep in (6, [12, -4, 1]):
-        with torch.no_grad(), vtc.compress(model, "tome", keep=keep, schedule="staged") as handle:
+        with torch.no_grad(), vtc.compress(model, "tome", keep=keep) as handle:
             model(spec.images(1))
         draw(noise(), handle, block=2)
         draw(noise(), handle, block="all")

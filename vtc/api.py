@@ -11,7 +11,7 @@ from torch import nn
 from .allocate import ALLOCATIONS
 from .hosts import Vision, features_owner, is_vlm, open_host
 from .hosts.trunk import Trunk, find_tower, open_trunk, path_of_tower
-from .method import Method, get_method
+from .method import Method, get_method, list_methods
 from .record import Record
 from .schedule import Budget, Schedule, check_schedule
 from .tokens import check_keep
@@ -44,7 +44,8 @@ class Handle:
     def keep(self, keep: Budget | dict[str, Budget]) -> None:
         if not self._on:
             raise RuntimeError("this handle was removed from its model: call vtc.compress() again")
-        by_stage = isinstance(keep, dict) and keep and all(isinstance(name, str) for name in keep)
+        names = list(keep) if isinstance(keep, dict) else []
+        by_stage = names and all(isinstance(name, str) and not name.isdigit() for name in names)
         budgets = keep if by_stage else {self._stages[-1].name: keep}
         stages = {stage.name: stage for stage in self._stages}
         if unknown := set(budgets) - set(stages):
@@ -92,6 +93,8 @@ class Handle:
         _forget_graphs()
 
     def __enter__(self) -> Handle:
+        if not self._on:
+            raise RuntimeError("this handle was removed from its model: call vtc.compress() again")
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -321,9 +324,10 @@ def _step(
     usable = [name for name in method.stages if name in offered]
     stage = stage or next(iter(usable), method.stages[0])
     if stage not in usable:
+        others = next((f"; {name!r} has {', '.join(list_methods(name))}" for name in offered), "")
         raise ValueError(
             f"method '{method.name}' does not run at stage {stage!r} of this model: it runs at "
-            f"{', '.join(usable) or 'none'}"
+            f"{', '.join(usable) or 'none that this model has' + others}"
         )
     settings = {
         "positions": positions, "allocate": allocate, "schedule": schedule, "restore": restore, "carry": carry
@@ -333,6 +337,8 @@ def _step(
         if name not in own and value != _DEFAULTS[name]:
             raise ValueError(f"{name}={value!r} means nothing at stage {stage!r}: leave it out")
     if stage == "encoder":
+        if schedule is not None and isinstance(keep, (list, dict)):
+            raise ValueError("a budget by block says itself where tokens are reduced: leave schedule out")
         settings["schedule"] = check_schedule(method.schedule if schedule is None else schedule)
     else:
         keep = check_keep(keep)

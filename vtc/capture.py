@@ -223,3 +223,4 @@ _COMPUTE: dict[str, Callable[[Call, int], Tensor]] = {
 }
 OF_CLS = ("cls_attention", "cls_values")
 INSIDE = ("attention", "shift")  # what exists in encoder blocks only
+KINDS = (*_COMPUTE, *INSIDE)

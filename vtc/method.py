@@ -82,6 +82,7 @@ class Method:
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
     schedule: ClassVar[str] = "constant"
     after_block: ClassVar[bool] = False
+    whole_grid: ClassVar[bool] = False  # reduces tokens of the whole picture only, so in one block
     proportional: ClassVar[bool] = False  # or an option of the method
 
     @property

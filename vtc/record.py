@@ -37,10 +37,12 @@ class Record:
     source    (N,) the slot 0..K-1 each token went into, -1 if dropped
     grid      (rows, cols) of the image, of its thumbnail where it is tiled
     tiles     every rectangle of patch tokens in the image; one where it is not tiled
-    entering  tokens of this image that entered each part: {"features": N, "decoder": K}; {"encoder": N,
-              "out": K} where the encoder itself reduced them
+    entering  tokens of this image that entered each part: {"features": N, "decoder": K}; where the encoder
+              itself reduced them {"encoder": N, "out": K}
     blocks    {block: (index, source)} after each encoder block that reduced tokens, in the patches of the
-              whole image
+              whole image; depth: how many blocks there are
+    order     (K,) the slot of each patch token that the encoder gives, in the order in which it gives them,
+              which may be another (ToMe's). Patches un-merged: x[order.argsort()][source]
     """
 
     index: Tensor
@@ -49,6 +51,8 @@ class Record:
     tiles: list[Tile] = field(default_factory=list)
     entering: dict[str, int] = field(default_factory=dict)
     blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    order: Tensor | None = None
+    depth: int = 0
 
     @property
     def latent(self) -> bool:

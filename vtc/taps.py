@@ -111,13 +111,10 @@ class Tap:
             return
         mode.__exit__(None, None, None)
         if output is not None and not mode.seen:
-            raise RuntimeError(f"{type(module).__name__} ran without {_FUSED}")
-
-
-_FUSED = (
-    "torch's scaled_dot_product_attention, so vtc cannot see what it attends to: switch fused attention on "
-    "(timm.layers.set_fused_attn(True) before the model is made)"
-)
+            raise RuntimeError(
+                f"{type(module).__name__} ran without torch's scaled_dot_product_attention, so that vtc does "
+                "not see what it attends to: switch fused attention on before the model is made"
+            )
 
 
 def refusal(attention: nn.Module) -> str | None:
@@ -128,7 +125,10 @@ def refusal(attention: nn.Module) -> str | None:
         return None
     name = type(attention).__name__
     if getattr(attention, "fused_attn", None) is False:
-        return f"{name} without {_FUSED}"
+        return (
+            f"fused attention, which is switched off in {name}: call timm.layers.set_fused_attn(True) before "
+            "the model is made"
+        )
     return f"queries and keys that {name} does not let be read"
 
 

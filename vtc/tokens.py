@@ -74,6 +74,9 @@ class Tokens:
         )
 
 
+COMBINE = ("mean", "sum", "mlerp")
+
+
 @dataclass
 class Reduction:
     """Which tokens stay and where the others go; dropping, merging, drawing and counting all derive from it.

@@ -52,7 +52,7 @@ def join(records: list[Record]) -> Record:
     entering = {part: sum(record.entering[part] for record in records) for part in records[0].entering}
     common = sorted(set.intersection(*(set(record.blocks) for record in records)))
     blocks = {block: _end_to_end([record.blocks[block] for record in records]) for block in common}
-    return Record(index, source, records[-1].grid, tiles, entering, blocks)
+    return Record(index, source, records[-1].grid, tiles, entering, blocks, depth=records[-1].depth)
 
 
 def _end_to_end(states: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -70,6 +70,8 @@ def after(record: Record, block: int | str) -> Record:
     if not isinstance(block, Integral) or isinstance(block, bool):
         raise ValueError(f"block must be the number of a block, 'all' or None, not {block!r}")
     blocks = reducing(record)
+    if record.depth and block >= record.depth:
+        raise ValueError(f"there is no block {block}: this encoder has blocks 0 to {record.depth - 1}")
     if block < blocks[0]:
         raise ValueError(f"no block up to {block} reduced tokens, the first that did is block {blocks[0]}")
     index, source = record.blocks[max(b for b in blocks if b <= block)]

@@ -72,7 +72,13 @@ def _singles(n: int, split: str) -> Pictures:
 def _folder(name: str, path: Path, n: int | None) -> Pictures:
     from ..images import open_image
 
-    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [e for e in path.iterdir() if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+    nested = [e.name for e in folders if not any(f.is_file() for f in e.iterdir()) and any(e.iterdir())]
+    if folders and len(nested) == len(folders):
+        raise ValueError(
+            f"the sub-folders of {path} hold folders and no pictures: give the one whose sub-folders are "
+            f"classes, such as {path / nested[0]}"
+        )
     numbers = all(folder.name.isdecimal() for folder in folders)
     folders.sort(key=lambda folder: int(folder.name) if numbers else folder.name)
     files = {folder.name: sorted(_files(folder)) for folder in folders}
@@ -88,7 +94,8 @@ def _folder(name: str, path: Path, n: int | None) -> Pictures:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return (file for file in found if not file.name.startswith("."))
 
 
 def _words(path: Path, labels: list[str]) -> dict[str, str]:

@@ -56,7 +56,7 @@ def rows() -> list[list[str]]:
         positions = ", ".join(shown["positions"]) or "-"
         lacks = ", ".join(_NAMES.get(lack, lack) for lack in shown["lacks"])
         lacks = lacks if shown["hosts"] else _OWN_TESTS
-        encoder = shown["encoder"] or "-"
+        encoder = shown.get("encoder") or "-"
         table.append([" ".join([family, *types]), reads, positions, *marks, encoder, lacks])
     return table
 

@@ -100,6 +100,18 @@ class Trunk:
     def name(self) -> str:
         return f"{type(self.model).__name__} ({self.family.name})"
 
+    @property
+    def maps(self) -> bool:
+        """Whether the model always makes maps of its tokens."""
+        names = [c.__name__ for module in (self.tower, self.model) for c in type(module).__mro__]
+        return any(name.endswith(("Backbone", "ForMaskedImageModeling")) for name in names)
+
+    @property
+    def pools_itself(self) -> bool:
+        """Whether its class is of nobody we know, and works on its last tokens itself."""
+        method = getattr(type(self.tower), "forward_features", None)
+        return method is not None and not method.__module__.startswith("timm.")
+
     def grids(self, pixels: Tensor, args: tuple, kwargs: dict) -> list[tuple[int, int]]:
         """Rows and columns of patches of each picture, from what the entry is given: pixels (B, 3, H, W), or
         padded rows of patches (B, N, D) and their shapes."""
@@ -148,10 +160,11 @@ def open_trunk(model: nn.Module) -> Trunk:
     tower, family = found
     blocks = list(tower.get_submodule(family.blocks))
     for block in blocks:
-        if type(block).__name__ not in family.block:
+        if not _is_block(block, family):
             raise ValueError(
-                f"the blocks of {type(model).__name__} are {type(block).__name__}s, whose MLP does not just "
-                f"follow the attention as in {' or '.join(family.block)}: vtc cannot reduce tokens there"
+                f"the blocks of {type(model).__name__} are {type(block).__name__}s, and vtc reduces tokens "
+                f"where an MLP just follows the attention, as in {' or '.join(family.block)}: compress() "
+                "before blocks are wrapped"
             )
     prefix, has_cls = _prefix(tower)
     parts = [_block(block) for block in blocks]
@@ -162,6 +175,12 @@ def _names(model: nn.Module) -> set[str]:
     """What a model may be called in the table: its classes by their full names, and its config's type."""
     names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__}
     return names | {getattr(getattr(model, "config", None), "model_type", "")}
+
+
+def _is_block(block: nn.Module, family: Family) -> bool:
+    """Whether a block is of a known class, or of one that inherits its forward."""
+    known = [cls for cls in type(block).__mro__ if cls.__name__ in family.block]
+    return any(type(block).forward is cls.forward for cls in known)
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -45,6 +45,7 @@ class Expedit(Merge):
     schedule = "once"
     after_block = True
     needs_grid = True
+    whole_grid = True
 
     iterations: int = 5
     window: int = 5

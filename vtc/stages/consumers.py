@@ -69,7 +69,8 @@ def _timm_pool(original: Any) -> Any:
     def pool(tower: nn.Module, x: Tensor, pool_type: str | None = None) -> Any:
         kind = tower.global_pool if pool_type is None else pool_type
         stage = getattr(tower, STAGE)
-        stage.pools(x)
+        if tower.attn_pool is not None or kind not in ("token", "max", ""):
+            stage.pools(x)
         if tower.attn_pool is None and kind not in ("token", "max", ""):
             first = 0 if getattr(tower, "pool_include_prefix", False) else tower.num_prefix_tokens
             x = _weighted(stage, x, first, f"global_pool={kind!r}" if kind != "avg" else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import OF_CLS
+from ..capture import KINDS, OF_CLS
 from ..hosts.trunk import Trunk
 from ..method import Method
 from ..record import Record, Tile
@@ -62,18 +62,25 @@ class EncoderStage:
         self.sites = [Site(self, number, block) for number, block in enumerate(trunk.blocks)]
         self._consumers = consumers(self)
         self._entry: Any = None
-        self._checked: set[int] = set()  # blocks whose reductions were looked at
+        self._checked: set[tuple[int, int, int]] = set()  # block, tokens before and after
         self.finished: Passage | None = None
         self._clear()
 
     def check(self, keep: Budget) -> Budget:
         keep = check_budget(keep)
-        counts(keep, self.schedule, 10_000, self.depth)  # refuses blocks that do not exist
+        left = counts(keep, self.schedule, 10_000, self.depth)  # refuses blocks that do not exist
+        if self.method.whole_grid and len({10_000, *left}) > 2:
+            raise ValueError(
+                f"'{self.method.name}' works on the whole grid, so it reduces tokens in one block only: give "
+                "schedule='once', or one block such as schedule=(3,)"
+            )
         return keep
 
     @property
     def settings(self) -> dict[str, Any]:
-        told = {"keep": self.keep, "schedule": self.schedule, "restore": self.restore, "carry": self.carry}
+        by_block = isinstance(self.keep, (list, dict))
+        schedule = None if by_block else self.schedule
+        told = {"keep": self.keep, "schedule": schedule, "restore": self.restore, "carry": self.carry}
         return {name: value for name, value in told.items() if value is not None}
 
     def install(self) -> None:
@@ -113,7 +120,9 @@ class EncoderStage:
         groups = self._groups(grids, n, pixels.device)
         for site in self.sites:
             site.tap.follow()
-        maps = bool(self._mapping.get()) or type(self.trunk.tower).__name__.endswith("Backbone")
+        maps = bool(self._mapping.get()) or self.trunk.maps
+        if maps and self.carry:
+            raise RuntimeError("carry='gap' adds tokens that are no patches, of which no map can be made")
         full = self.restore == "unmerge" or maps
         passage = Passage(groups, n, lots_of(pixels), full, torch.is_grad_enabled())
         self._current.set(passage)
@@ -196,9 +205,10 @@ class EncoderStage:
         # Scores are what they are, whatever precision the model's own products have.
         with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
             reduction = self.method.reduce(tokens, k)
-        if tokens.layer not in self._checked:  # once, since a GPU would have to wait
-            check_reduction(self.method.name, reduction, len(tokens.x), k)
-            self._checked.add(tokens.layer)
+        counted = (tokens.layer, tokens.n, k)
+        # What is in it is looked at once, since a GPU would have to wait.
+        check_reduction(self.method.name, reduction, tokens, k, contents=counted not in self._checked)
+        self._checked.add(counted)
         return reduction
 
     def carrying(self, passage: Passage, block: int, x: Tensor) -> Tensor:
@@ -268,8 +278,7 @@ class EncoderStage:
             return
         seen = Seen.of(x)
         for passage in reversed(self._recent_done):
-            known = passage.left_as
-            if known is not None and (known.address == seen.address or known.same_values(seen)):
+            if passage.left_as is not None and passage.left_as.same_values(seen):
                 self._done.set(passage)
                 return
         raise RuntimeError(
@@ -325,7 +334,12 @@ def _record(passage: Passage, row: int) -> Record:
     blocks = {block: _of_row(state, row, group, block) for block, state in states.items()}
     index, source = list(blocks.values())[-1] if blocks else (every, every)
     entering = {"encoder": group.n, "out": len(index)}
-    return Record(index, source, group.grid, [Tile(every, group.grid)], entering, blocks)
+    order = every
+    if states:
+        order = passage.state(len(group.left)).index[row, : group.left[-1]].argsort().argsort()
+    return Record(
+        index, source, group.grid, [Tile(every, group.grid)], entering, blocks, order, len(group.left)
+    )
 
 
 def _of_row(state: State, row: int, group: Group, block: int) -> tuple[Tensor, Tensor]:
@@ -341,9 +355,16 @@ def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None)
         raise ValueError(f"carry must be 'gap' or None, not {carry!r}")
     if carry and restore:
         raise ValueError("carry='gap' adds tokens that are no patches, so it goes without restore='unmerge'")
+    if trunk.pools_itself and restore is None:
+        raise ValueError(
+            f"{type(trunk.tower).__name__} has its own forward_features(), which may pool tokens: give "
+            "restore='unmerge', and it finds all patches"
+        )
     if carry and trunk.family.rope:
         raise ValueError(f"carry='gap' adds tokens that have no place, but {trunk.name} turns keys by places")
     kinds = {need.kind for need in method.needs}
+    if unknown := kinds - set(KINDS):
+        raise ValueError(f"'{method.name}' needs {sorted(unknown)}, and there are {', '.join(KINDS)}")
     if "shift" in kinds and not method.after_block:
         raise ValueError(f"method '{method.name}' needs 'shift', known only behind a block: set after_block")
     if kinds & set(OF_CLS) and not trunk.has_cls:

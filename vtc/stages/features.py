@@ -21,7 +21,7 @@ from ..hosts.host import Layout, LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
 from ..threads import ByThread
-from ..tokens import Reduction, Tokens, check_keep, count_kept
+from ..tokens import COMBINE, Reduction, Tokens, check_keep, count_kept
 from .fields import items, join, put
 from .late import LateProjector
 from .readers import Reader
@@ -238,22 +238,37 @@ class FeaturesStage:
             # Scores are what they are, whatever precision the model's own products have.
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 reduction = self.method.reduce(tokens, k)
+            check_reduction(self.method.name, reduction, tokens, k)
             reduction = reduction.ascending()
-            check_reduction(self.method.name, reduction, len(group), k)
             new = reduction.apply(x)  # (R, k, D and more)
         for i, row in enumerate(group):
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
 
-def check_reduction(method: str, reduction: Reduction, rows: int, k: int) -> None:
-    """Raises RuntimeError unless a reduction has k different places for each row, each in its own slot."""
-    index, slots = reduction.index, torch.arange(k, device=reduction.index.device)
-    fine = index.shape == (rows, k) and bool((index.sort(dim=1).values.diff(dim=1) > 0).all())
-    if not fine or not bool((reduction.source.gather(1, index) == slots).all()):
-        raise RuntimeError(
-            f"method '{method}' returned index of shape {tuple(index.shape)} where {rows} rows of {k} "
-            "different positions were due, each in its own slot: mend its reduce()"
-        )
+def check_reduction(name: str, reduction: Any, tokens: Tokens, k: int, contents: bool = True) -> None:
+    """Raises RuntimeError unless a method has put every token of each row into one of k slots or none, with
+    k different places in their own slots. Without `contents`, what takes no look into tensors."""
+    rows, n = tokens.x.shape[:2]
+    wrong = None
+    if not isinstance(reduction, Reduction):
+        wrong = f"{type(reduction).__name__} where a Reduction was due"
+    elif reduction.index.shape != (rows, k) or reduction.source.shape != (rows, n):
+        shapes = tuple(reduction.index.shape), tuple(reduction.source.shape)
+        wrong = f"index and source of shapes {shapes} where {(rows, k)} and {(rows, n)} were due"
+    elif reduction.combine not in COMBINE:
+        wrong = f"combine={reduction.combine!r}, which is none of {', '.join(COMBINE)}"
+    elif reduction.mix is not None and reduction.mix.shape != (rows, k, n):
+        wrong = f"mix of shape {tuple(reduction.mix.shape)} where {(rows, k, n)} was due"
+    elif contents:
+        index, source = reduction.index, reduction.source
+        slots = torch.arange(k, device=index.device)
+        fine = not rows or (int(index.min()) >= 0 and int(index.max()) < n)
+        fine = fine and bool((index.sort(dim=1).values.diff(dim=1) > 0).all())
+        fine = fine and bool((source.gather(1, index) == slots).all())
+        if not fine or bool(((source < -1) | (source >= k)).any()):
+            wrong = f"no {k} different places of {n} that are each in their own slot"
+    if wrong:
+        raise RuntimeError(f"method '{name}' returned {wrong}: mend its reduce()")
 
 
 @dataclass

@@ -93,7 +93,7 @@ class TowerStage:
         records, passage = self.following.singles
         if passage is not None and passage is self.encoder.finished:
             for record, row in zip(records, self.encoder.last, strict=True):
-                record.blocks = row.blocks
+                record.blocks, record.depth = row.blocks, row.depth
         return self.following.last
 
     def install(self) -> None:

@@ -184,6 +184,12 @@ class _Learner:
                 part.remove()
             delattr(self.trunk.tower, STAGE)
 
+    # What poolers ask; here they are called in the forward that they pool.
+
+    def leaves_as(self, x: Tensor) -> None: ...
+
+    def pools(self, x: Tensor) -> None: ...
+
     # One forward
 
     def begin(self, x: Tensor) -> None:
