@@ -108,7 +108,7 @@ def test_a_class_that_pools_by_itself_is_to_find_all_patches():
     model = PoolsItself(
         img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=5, global_pool="avg"
     ).eval()
-    with pytest.raises(ValueError, match="its own forward_features.*restore='unmerge'"):
+    with pytest.raises(ValueError, match=r"its own forward_features.*restore='unmerge'"):
         vtc.compress(model, "tome", keep=0.3)
     usual = tiny(global_pool="avg")
     usual.load_state_dict(model.state_dict())
@@ -145,12 +145,12 @@ def test_wrong_reductions_are_found_at_any_budget():
     with vtc.compress(model, Sloppy(), keep=8, schedule="once") as handle:
         model(pixels)
         handle.keep = 4
-        with pytest.raises(RuntimeError, match="method 'test-sloppy' returned .* mend its reduce"):
+        with pytest.raises(RuntimeError, match=r"method 'test-sloppy' returned .* mend its reduce"):
             model(pixels)
     for kind in ("none", "tensor", "combine", "slot", "mix"):
         with (
             vtc.compress(model, Sloppy(kind), keep=8),
-            pytest.raises(RuntimeError, match="method 'test-sloppy' returned .* mend its reduce"),
+            pytest.raises(RuntimeError, match=r"method 'test-sloppy' returned .* mend its reduce"),
         ):
             model(pixels)
 
@@ -182,7 +182,9 @@ class Misspelt(vtc.Select):
 
 
 def test_an_unknown_need_is_refused():
-    with pytest.raises(ValueError, match="'test-misspelt' needs .*cls_attentions.*there are cls_attention, "):
+    with pytest.raises(
+        ValueError, match=r"'test-misspelt' needs .*cls_attentions.*there are cls_attention, "
+    ):
         vtc.compress(tiny(), Misspelt(), keep=0.5)
 
 
