@@ -93,7 +93,7 @@ def bounds(board: Board) -> str:
     """One sentence with what all tokens and no image, or chance, reach."""
     known = []
     if board.full:
-        gflops = f" with {board.full['cost']['gflops']:.3g} GFLOPs" if board.classes else ""
+        gflops = f" with {board.full['cost']['gflops']:#.3g} GFLOPs" if board.classes else ""
         known.append(f"all {board.full['tokens']:.0f} tokens {100 * board.full['accuracy']:.1f} %{gflops}")
     if board.blind:
         known.append(f"the question without its image {100 * board.blind['accuracy']:.1f} %")
@@ -164,7 +164,7 @@ def _encoder_cell(board: Board, method: str, keep: float | int) -> str:
         return "-"
     accuracy = _accuracy(cell) + (f" {BELOW_RANDOM}" if board.loses(method, keep) else "")
     gflops = cell.mean(lambda row: row["cost"]["gflops"])
-    return f"{accuracy} / {gflops:.3g} / {_speed(cell):.2f}{SLOWER if _speed(cell) < 1 else ''}"
+    return f"{accuracy} / {gflops:#.3g} / {_speed(cell):.2f}{SLOWER if _speed(cell) < 1 else ''}"
 
 
 def _accuracy(cell: Cell) -> str:
