@@ -162,7 +162,7 @@ def test_attention_that_is_not_fused_is_refused():
     model, _ = build("perception_lm")
     encoder = open_host(model).encoder
     encoder.attention(0).fused_attn = False
-    with pytest.raises(ValueError, match="switch fused attention on"):
+    with pytest.raises(ValueError, match="fused attention, which is switched off"):
         vtc.compress(model, "hiprune", keep=0.25, stage="features")
     with vtc.compress(model, "divprune", keep=0.25):  # which needs nothing
         pass

@@ -382,8 +382,8 @@ def test_methods_are_compared_with_random_tokens_of_the_same_schedule(tmp_path):
     heading, *lines = encoder_lines(board)
     assert heading == ["method", "schedule", "50 %, 8 tokens"]
     assert lines == [
-        ["tome", "constant", "70.0 ▾ / 0.25 / 0.80▿"], ["random", "constant", "80.0 ± 7.1 / 0.25 / 0.80▿"],
-        ["tome", "3,6", "60.0 / 0.25 / 1.25"], ["random", "3,6", "55.0 / 0.25 / 1.25"],
+        ["tome", "constant", "70.0 ▾ / 0.250 / 0.80▿"], ["random", "constant", "80.0 ± 7.1 / 0.250 / 0.80▿"],
+        ["tome", "3,6", "60.0 / 0.250 / 1.25"], ["random", "3,6", "55.0 / 0.250 / 1.25"],
     ]  # fmt: skip
     assert left_blocks(board) == [("constant, keep 0.5", "12, 8"), ("3,6, keep 0.5", "12, 8")]
     assert "30 pictures of 56 classes" in legend(board) and "▿ slower" in legend(board, costs=True)
@@ -392,7 +392,7 @@ def test_methods_are_compared_with_random_tokens_of_the_same_schedule(tmp_path):
     readme.write_text("".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in parts))
     assert update_readme(readme, [board]) == ["encoders"]  # questions were not asked: their part stays
     text = readme.read_text()
-    assert "results:begin -->\nold\n" in text and "| tome | 3,6 | 60.0 / 0.25 / 1.25 |" in text
+    assert "results:begin -->\nold\n" in text and "| tome | 3,6 | 60.0 / 0.250 / 1.25 |" in text
 
 
 def test_sweep_of_a_host_and_its_report(tmp_path, monkeypatch, capsys, request):
