@@ -10,6 +10,7 @@ from small import write_task
 import vtc
 from vtc import cli
 from vtc.evaluation.scenes import scene
+from vtc.hosts.trunk import FAMILIES
 
 
 @pytest.fixture
@@ -33,9 +34,10 @@ def test_methods_lists_the_registry(run):
 
 def test_hosts_lists_the_table(run):
     code, out, _ = run("hosts")
-    table, meanings, refused = out.split("\n\n")
+    table, meanings, encoders, refused = out.split("\n\n")
     assert code == 0 and [line.split()[0] for line in table.splitlines()[1:]] == vtc.list_hosts()
     assert "batches " in meanings and "blip-2 " in refused
+    assert all(family.name in encoders for family in FAMILIES)
 
 
 def test_ask_shows_both_answers_in_columns(run):

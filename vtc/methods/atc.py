@@ -19,7 +19,7 @@ class ATC(Merge):
     order is that of the library's labels, which means nothing; keys of length zero are at distance 1 from
     all others, where the official code divides by zero; sizes are tracked even where attention does not read
     them, so that later averages stay weighted; and exactly k groups come out off the shelf too, where the
-    official code removes one token less than ToMe.
+    official code removes one token less than ToMe. All pairs of an image's tokens are in memory at once.
 
     linkage       how far apart two clusters are: "average", "complete" or "single"
     layer         the block whose keys are clustered after the encoder; the second to last, which LLaVA reads

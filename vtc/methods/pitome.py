@@ -23,7 +23,8 @@ class PiToMe(Merge):
     joins its most similar odd one. In half of the blocks the official code splits all tokens by rank instead,
     and merges the r most similar pairs as ToMe does. Departures: one round removes at most half, and further
     rounds follow where more must go, which the official code refuses; equal energies go by position; groups
-    go on in the order of their places, which changes nothing but ties.
+    go on in the order of their places, which changes nothing but ties. All pairs of an image's tokens are in
+    memory at once.
 
     margin  in the first block; the official code has 0.75 for DeiT, 0.9 for AugReg models
     pairs   the half of the depth that merges the most similar pairs: "first", as the official code for DeiT;
