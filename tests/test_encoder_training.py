@@ -343,7 +343,7 @@ def test_two_threads_at_once(host, method):
         assert not wrong
 
 
-def test_pickling_a_compressed_model_needs_no_luck(tmp_path):
+def test_weights_of_a_compressed_model_are_its_own(tmp_path):
     """state_dict() is the model's own; it loads into a bare model, and the other way round."""
     spec, model = ENCODERS["timm-deit"], make("timm-deit")
     other = make("timm-deit", seed=1)
@@ -372,9 +372,5 @@ def test_many_forwards_before_a_backward():
         losses = [loss_of(spec.call(model, pixels)) for pixels in pictures[:8]]
         assert_same(gradients(model, losses[0], pictures[0]), expected)
         losses = [loss_of(spec.call(model, pixels)) for pixels in pictures]
-        try:
-            found = gradients(model, losses[0], pictures[0])
-        except RuntimeError as error:
-            assert "forwards later" in str(error)
-        else:
-            assert_same(found, expected)
+        with pytest.raises(RuntimeError, match="at most 16 forwards later"):
+            gradients(model, losses[0], pictures[0])
