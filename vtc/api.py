@@ -10,7 +10,7 @@ from torch import nn
 
 from .allocate import ALLOCATIONS
 from .hosts import Vision, features_owner, is_vlm, open_host
-from .hosts.trunk import Trunk, find_tower, open_trunk, path_of_tower
+from .hosts.trunk import STAGE, Trunk, find_tower, open_trunk, path_of_tower
 from .method import Method, get_method, list_methods
 from .record import Record
 from .schedule import Budget, Schedule, check_schedule
@@ -18,7 +18,6 @@ from .tokens import check_keep
 
 _STAGES = ("encoder", "features")
 _HANDLE = "_vtc_handle"
-_ENCODER = "_vtc_encoder"  # where the encoder stage notes itself, also in the tower of a larger model
 
 Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
 
@@ -235,7 +234,7 @@ def _refuse_twice(opened: Vision | Trunk) -> None:
                 f"the vision tower of this {type(opened.model).__name__} is compressed by itself already: "
                 "restore it, and compress the whole model with stage='encoder'"
             )
-    elif _HANDLE not in vars(opened.tower) and _ENCODER in vars(opened.tower):
+    elif _HANDLE not in vars(opened.tower) and STAGE in vars(opened.tower):
         raise RuntimeError(
             f"this {type(opened.tower).__name__} belongs to a model that is compressed at stage 'encoder' "
             "already: restore that one before"

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -210,16 +211,13 @@ class Reduction:
         return full.masked_fill(gone, 0) if dropped is None else torch.where(gone, dropped, full)
 
     def _sums(self, weight: Tensor) -> Tensor:
-        return self._sum(weight.float()[..., None])[..., 0]  # (B, N) -> (B, K)
-
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sums over each slot's members: (B, N, C) -> (B, K, C). Those at `index` lie in order already, so
-        only the others are added up."""
-        rest = self._rest  # (B, N - K)
+        """Sums over each slot's members: (B, N) -> (B, K). Those at `index` lie in order already, so only the
+        others are added up."""
+        weight, rest = weight.float(), self._rest  # (B, N - K)
         slot = self.source.gather(1, rest)
         slot = torch.where(slot < 0, self.k, slot)  # dropped tokens go to a spare slot K
-        out = torch.cat([gather(x, self.index), x.new_zeros(len(x), 1, x.shape[2])], dim=1)
-        return out.scatter_add(1, slot[..., None].expand(-1, -1, x.shape[2]), gather(x, rest))[:, :-1]
+        out = F.pad(weight.gather(1, self.index), (0, 1))
+        return out.scatter_add(1, slot, weight.gather(1, rest))[:, :-1]
 
     @cached_property
     def _rest(self) -> Tensor:

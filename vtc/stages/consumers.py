@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..hosts.trunk import STAGE  # where a wrapped method finds its stage, as it must on a deep copy
 from ..taps import Call, Tap
 
 if TYPE_CHECKING:
     from .encoder import EncoderStage
-
-STAGE = "_vtc_encoder"  # where a wrapped method finds its stage, as it must on a deep copy
 
 
 def consumers(stage: EncoderStage) -> list[Any]:

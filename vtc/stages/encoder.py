@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import KINDS, OF_CLS
-from ..hosts.trunk import Trunk
+from ..hosts.trunk import STAGE, Trunk
 from ..method import Method
 from ..record import Record, Tile
 from ..schedule import Budget, Schedule, check_budget, counts, show
 from ..taps import refusal
 from ..threads import ByThread
 from ..tokens import Reduction, Tokens
-from .consumers import STAGE, consumers
+from .consumers import consumers
 from .features import check_reduction, lots_of
 from .passage import Group, Passage, Seen, State
 from .ragged import Ragged, of_group

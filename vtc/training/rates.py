@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..api import current, unwrap
 from ..capture import computed
 from ..hosts import is_vlm
-from ..hosts.trunk import Block, Trunk, open_trunk
+from ..hosts.trunk import STAGE, Block, Trunk, open_trunk
 from ..methods.diffrate import DiffRate
 from ..schedule import Budget, Schedule, check_budget, check_schedule, counts
-from ..stages.consumers import STAGE, consumers
+from ..stages.consumers import consumers
 from ..taps import Call, Tap, refusal
 from ..threads import ByThread
 from ..tokens import Tokens
