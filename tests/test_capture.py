@@ -34,8 +34,7 @@ def recorded(encoder, pixels, *needs):
     recorder.remove()
     # (patches, layers, ...) -> (rows, layers, N, ...)
     extras = {
-        kind: extra.unflatten(0, (len(pixels), -1)).transpose(1, 2)
-        for kind, extra in recording.extras().items()
+        need.kind: recording.read(need).unflatten(0, (len(pixels), -1)).transpose(1, 2) for need in needs
     }
     return extras, output
 
@@ -89,7 +88,8 @@ def check_by_hand(encoder, pixels, products, layers=(0, -1)):
     bare = encoder.tower(pixels)
     for hook in hooks:
         hook.remove()
-    kinds = ["mean_attention", "keys"] + ["cls_attention", "cls_values"] * encoder.has_cls
+    kinds = ["mean_attention", "patch_attention", "keys", "all_keys"]
+    kinds += ["cls_attention", "cls_values", "cls_logits", "cls_one_head"] * encoder.has_cls
     found, output = recorded(encoder, pixels, *(Need(kind, layers) for kind in kinds))
     assert torch.equal(last_hidden(output), last_hidden(bare))
     assert found.keys() == set(kinds)
@@ -97,11 +97,18 @@ def check_by_hand(encoder, pixels, products, layers=(0, -1)):
         module = encoder.attention(layer % depth)
         args, kwargs = calls[layer % depth]
         query, key, value = products(module, *args, **kwargs)
-        weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(dim=-1)  # (B, H, M, M)
+        logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, H, M, M)
+        weights = logits.softmax(dim=-1)
         row = weights[:, :, 0]
+        wide, wide_key = (x.transpose(1, 2).flatten(2) for x in (query, key))  # (B, M, H d)
+        one_head = (wide[:, :1] @ wide_key.transpose(1, 2) * wide.shape[-1] ** -0.5).softmax(dim=-1)
         expected = {
             "mean_attention": weights.mean(dim=(1, 2)),
+            "patch_attention": weights[:, :, encoder.prefix :].mean(dim=(1, 2)),
             "keys": key.mean(dim=1),
+            "all_keys": wide_key,
+            "cls_logits": logits[:, :, 0].mean(dim=1),
+            "cls_one_head": one_head[:, 0],
             "cls_attention": row.mean(dim=1),
             "cls_values": (row * value.norm(dim=-1)).sum(dim=1),
         }

@@ -146,9 +146,9 @@ def _check_patches(model, inputs, encoder, tiny):
         stage = handle._stages[0]
         reduce = stage._reduce
 
-        def spy(rows, features, layouts, *rest):
+        def spy(features, layouts, *rest):
             seen.append((torch.cat(list(features)), layouts))
-            return reduce(rows, features, layouts, *rest)
+            return reduce(features, layouts, *rest)
 
         stage._reduce = spy
         forward(model, inputs)

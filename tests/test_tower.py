@@ -161,9 +161,9 @@ def spied(handle):
     following, seen = handle._stages[0].following, []
     rows = following._rows
 
-    def spy(layouts):
+    def spy(layouts, *rest):
         seen.append(layouts)
-        return rows(layouts)
+        return rows(layouts, *rest)
 
     following._rows = spy
     return seen

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocate import ALLOCATIONS
+from .allocate import Allocation, get_allocation
 from .hosts import Vision, features_owner, is_vlm, open_host
 from .hosts.trunk import STAGE, Trunk, find_tower, open_trunk, path_of_tower
-from .method import Method, get_method, list_methods
+from .method import Method, Select, get_method, list_methods
 from .record import Record
+from .restoring import Nearest, get_merge
 from .schedule import Budget, Schedule, check_schedule
-from .tokens import check_keep
+from .tokens import Keep, check_keep, fraction_of_scores
 
-_STAGES = ("encoder", "features")
+_STAGES = ("encoder", "features", "decoder")
 _HANDLE = "_vtc_handle"
 
 Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
@@ -103,11 +104,13 @@ class Handle:
 def compress(
     model: nn.Module,
     method: Plan,
-    keep: int | float | None = None,
+    keep: Keep | None = None,
     *,
     stage: str | None = None,
     positions: str | None = None,
-    allocate: str = "proportional",
+    allocate: str | dict[str, Any] | Allocation | None = None,
+    merge: str | dict[str, Any] | Nearest | None = None,
+    decoder_layer: int | float | None = None,
     schedule: Schedule | None = None,
     restore: str | None = None,
     carry: str | None = None,
@@ -125,15 +128,25 @@ def compress(
                image or video (one with fewer keeps all of its own). Exactly that many come out. As soon as
                one patch token of an image is dropped, its newline tokens and a CLS token go too. In an
                encoder: what leaves its last block; or by block, as a list or dict of shares and numbers
-               (`vtc.schedule.check_budget`)
+               (`vtc.schedule.check_budget`). "p:0.9" gives each image a number of its own: the fewest tokens
+               whose scores sum to that share of all, for methods that score tokens. A method that chooses its
+               own number takes keep as the most; 1.0 is the bare model
     stage      where the reduction takes effect: "encoder", inside of the blocks of the vision transformer;
-               "features", between it and the language model. The method's default where None
+               "features", between it and the language model; "decoder", inside of the language model, while
+               it reads the prompt. The method's default where None
     positions  "keep": kept tokens have the positions they had; "repack": positions are counted anew without
                the dropped ones. None: as the method's own code does it, and "keep" where positions have
                several components (M-RoPE), which cannot be counted anew
     allocate   how an image's budget is shared over its tiles, a video's over its frames: "proportional", each
-               by its size; "joint", all are one row in which tokens compete; "whole", as many whole ones as
-               fit, evenly spread
+               by its size; "uniform", each the same; "joint", all are one row in which tokens compete;
+               "whole", as many whole ones as fit, evenly spread; "thumbnail", the whole view first; "hired",
+               "globalcom2" and "attention" by what the encoder attends to; or an `Allocation`, with options.
+               The method's own where None
+    merge      what becomes of dropped tokens, of methods that only drop: "nearest", each is averaged into the
+               most similar kept one; "restore", and the language model attends to it as to its members, see
+               `vtc.restoring`. None: they are gone
+    decoder_layer  decoder stage: in front of which layer tokens are dropped, a number from 1 on or a fraction
+               of the depth; the method's own where None
     schedule   encoder stage: how the budget is spread over blocks, "constant", "decreasing", "staged", "once"
                or the blocks that reduce tokens (`vtc.schedule.counts`); the method's own where None
     restore    encoder stage: "unmerge", and every block shows all patches to whoever reads its output, a
@@ -155,7 +168,8 @@ def compress(
     """
     model = unwrap(model)
     encoder = {"schedule": schedule, "restore": restore, "carry": carry}
-    where = {"stage": stage, "positions": positions, "allocate": allocate, **encoder}
+    prompt = {"positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer}
+    where = {"stage": stage, **prompt, **encoder}
     opened = _open(model)
     steps = _steps(method, keep, where, options, _offered(opened))
     handle = current(model)
@@ -166,7 +180,7 @@ def compress(
         )
     _refuse_twice(opened)
     if len(steps) > 1:
-        raise ValueError("the encoder stage and the features stage cannot be combined yet: give one method")
+        raise ValueError("stages cannot be combined yet: give one method")
     stages = [_stage(opened, **step) for step in steps]
     # Nothing was touched so far: whatever is refused is refused above.
     if handle is not None:
@@ -255,7 +269,11 @@ def _stage(opened: Vision | Trunk, method: Method, stage: str, **settings: Any) 
         from .stages.tower import TowerStage
 
         return TowerStage(opened, method, **settings)
-    positions = _positions(opened, method, settings.pop("positions"))
+    if stage == "decoder":
+        from .stages.decoder import DecoderStage
+
+        return DecoderStage(opened, method, **settings)
+    positions = _positions(opened, method, settings["merge"], settings.pop("positions"))
     from .stages.features import FeaturesStage
     from .stages.memory import MemoryStage
 
@@ -263,19 +281,23 @@ def _stage(opened: Vision | Trunk, method: Method, stage: str, **settings: Any) 
     return made(opened, method, positions=positions, **settings)
 
 
-def _positions(vision: Vision, method: Method, positions: str | None) -> str:
+def _positions(vision: Vision, method: Method, merge: Nearest | None, positions: str | None) -> str:
     fixed = "whose positions are grids of several components" if vision.mrope else None
     fixed = "whose prompts keep their length" if vision.host.memory else fixed
     if positions == "repack" and fixed:
         raise ValueError(
             f"positions='repack' is not defined on {vision.host.name}, {fixed}: use positions='keep'"
         )
-    return positions or ("keep" if fixed else method.positions)
+    return positions or ("keep" if fixed else (merge and merge.positions) or method.positions)
 
 
-# What settings are without saying so, and the stage at which they mean something.
-_DEFAULTS = {"positions": None, "allocate": "proportional", "schedule": None, "restore": None, "carry": None}
-_OF_STAGE = {"encoder": ("schedule", "restore", "carry"), "features": ("positions", "allocate")}
+# The stages at which settings mean something; all are None where nothing is said.
+_OF_STAGE = {
+    "encoder": ("schedule", "restore", "carry"),
+    "features": ("positions", "allocate", "merge"),
+    "decoder": ("decoder_layer",),
+}
+_DEFAULTS = dict.fromkeys(name for own in _OF_STAGE.values() for name in own)
 
 
 def _steps(plan: Plan, keep: Any, where: dict, options: dict, offered: tuple[str, ...]) -> list[dict]:
@@ -305,7 +327,9 @@ def _step(
     keep: Any = None,
     stage: str | None = None,
     positions: str | None = None,
-    allocate: str = "proportional",
+    allocate: Any = None,
+    merge: Any = None,
+    decoder_layer: Any = None,
     schedule: Any = None,
     restore: str | None = None,
     carry: str | None = None,
@@ -329,7 +353,8 @@ def _step(
             f"{', '.join(usable) or 'none that this model has' + others}"
         )
     settings = {
-        "positions": positions, "allocate": allocate, "schedule": schedule, "restore": restore, "carry": carry
+        "positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer,
+        "schedule": schedule, "restore": restore, "carry": carry,
     }  # fmt: skip
     own = _OF_STAGE[stage]
     for name, value in settings.items():
@@ -339,18 +364,30 @@ def _step(
         if schedule is not None and isinstance(keep, (list, dict)):
             raise ValueError("a budget by block says itself where tokens are reduced: leave schedule out")
         settings["schedule"] = check_schedule(method.schedule if schedule is None else schedule)
+    elif stage == "decoder":
+        keep = check_keep(keep)
     else:
         keep = check_keep(keep)
-        _check_prompt(method, positions, allocate)
+        settings["allocate"] = get_allocation(method.allocate if allocate is None else allocate)
+        settings["merge"] = None if merge is None else _merge(method, merge)
+        _check_prompt(method, positions, settings["allocate"])
+        if allocate is not None and fraction_of_scores(keep) is not None:
+            raise ValueError(f"keep={keep!r} itself says what each tile or frame keeps: leave allocate out")
     return {"method": method, "stage": stage, "keep": keep, **{name: settings[name] for name in own}}
 
 
-def _check_prompt(method: Method, positions: str | None, allocate: str) -> None:
+def _merge(method: Method, merge: Any) -> Nearest:
+    if not isinstance(method, Select):
+        raise ValueError(
+            f"merge={merge!r} takes what a method drops, and '{method.name}' merges: leave it out"
+        )
+    return get_merge(merge)
+
+
+def _check_prompt(method: Method, positions: str | None, allocate: Allocation) -> None:
     if positions not in (None, "keep", "repack"):
         raise ValueError(f"positions must be 'keep' or 'repack', not {positions!r}")
-    if allocate not in ALLOCATIONS:
-        raise ValueError(f"allocate must be one of {', '.join(ALLOCATIONS)}, not {allocate!r}")
-    if allocate == "joint" and method.needs_grid:
+    if allocate.name in ("joint", "thumbnail") and method.needs_grid:
         raise ValueError(
             f"'{method.name}' reads the rows and columns of one picture, which tiles or frames taken "
             "together have not: use allocate='proportional'"

@@ -39,7 +39,10 @@ def _sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--methods", nargs="+", metavar="METHOD", help=text)
     text = "run beside them; default: random and downsample, of a host random and pool"
     command.add_argument("--baselines", nargs="*", metavar="METHOD", help=text)
-    text = f"default: {' '.join(map(str, KEEPS))}; of a host {' '.join(map(str, ENCODER_KEEPS))}"
+    text = (
+        f"default: {' '.join(map(str, KEEPS))}; of a host {' '.join(map(str, ENCODER_KEEPS))}. Also p:0.9, "
+    )
+    text += "mean:16 or own, of methods that can keep more of one picture than of another"
     command.add_argument("--keeps", nargs="+", type=_budget, metavar="KEEP", help=text)
     text = "scenes (default) or jsonl:PATH; of a host singles (default) or imagefolder:PATH"
     command.add_argument("--tasks", "--task", nargs="+", metavar="TASK", help=text)
@@ -90,7 +93,9 @@ def _profile(command: argparse.ArgumentParser) -> None:
 def _compression(command: argparse.ArgumentParser) -> None:
     text = "one of `vtc methods`; default: vtc-cls, or divprune where the encoder has no CLS token"
     command.add_argument("--method", help=text)
-    command.add_argument("--keep", type=_budget, default=0.25, help="a fraction, or a whole number of tokens")
+    command.add_argument(
+        "--keep", type=_budget, default=0.25, help="a fraction, a number of tokens, or p:0.9"
+    )
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method"
     )
@@ -108,7 +113,7 @@ def _host(command: argparse._ActionsContainer, more: str = "") -> None:
 
 
 def _pictures(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pictures", type=int, default=6, metavar="N", help="questions with drawn tokens")
+    command.add_argument("--pictures", type=int, default=5, metavar="N", help="questions with drawn tokens")
 
 
 def _block(text: str) -> int | str:
@@ -117,9 +122,10 @@ def _block(text: str) -> int | str:
     raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a block nor 'all'")
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | str:
     try:
-        return int(text) if text.isdigit() else float(text)
+        policy = ":" in text or text == "own"  # checked where it is used
+        return text if policy else int(text) if text.isdigit() else float(text)
     except ValueError:
         message = f"{text!r} is neither a fraction such as 0.25 nor a whole number of tokens"
         raise argparse.ArgumentTypeError(message) from None

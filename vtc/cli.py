@@ -230,10 +230,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     """write tables, plots and a page from results, or fill in a README"""
+    from .evaluation.chance import below_random
     from .evaluation.report import load_boards, update_readme, write_report
 
     _check_plots()
     found = load_boards(options.results)
+    for board in found:
+        for line in below_random(board) if not board.classes else []:
+            print(line)
     if options.readme:
         print(f"{options.readme}: {', '.join(update_readme(options.readme, found))}")
     if options.out or not options.readme:
@@ -311,7 +315,8 @@ def _choose_method(options: argparse.Namespace, model: Any) -> None:
 
 
 def _shown(options: argparse.Namespace) -> str:
-    return " ".join([f"{options.method}, keep {options.keep:g}", *options.set])
+    keep = options.keep if isinstance(options.keep, str) else f"{options.keep:g}"
+    return " ".join([f"{options.method}, keep {keep}", *options.set])
 
 
 def _figure(value: Any) -> str:
@@ -321,7 +326,9 @@ def _figure(value: Any) -> str:
 
 
 def _print_boards(found: list[Board]) -> None:
-    from .evaluation.tables import accuracies, bounds, budget, encoder_lines, left_blocks, legend
+    from .evaluation.hard import hard_legend, hard_lines
+    from .evaluation.tables import accuracy_lines, bounds, encoder_lines, left_blocks, legend
+    from .evaluation.varying import varying_legend, varying_lines
 
     for board in found:
         if board.classes:
@@ -331,9 +338,14 @@ def _print_boards(found: list[Board]) -> None:
             _print_columns(left_blocks(board))
             print()
             continue
-        heading = [f"{board.task}, accuracy in %", *(budget(board, keep) for keep in board.keeps)]
-        _print_columns([heading, *accuracies(board)])
+        title = f"{board.task}, accuracy in %"
+        if board.keeps:
+            _print_columns(accuracy_lines(board, title))
         print(f"{legend(board)} {bounds(board)}\n")
+        for lines, told in ((hard_lines(board, title), hard_legend), (varying_lines(board), varying_legend)):
+            if lines:
+                _print_columns(lines)
+                print(f"{told(board)}\n")
 
 
 def _print_columns(rows: Sequence[Sequence[str]]) -> None:

@@ -19,31 +19,50 @@ from .tokens import Reduction, Tokens
 
 Layer = int | float | slice
 # what a plan says of a step beside the method's options
-SETTINGS = ("stage", "keep", "positions", "allocate", "schedule", "restore", "carry")
+SETTINGS = ("stage", "keep", "positions", "allocate", "merge", "decoder_layer")
+SETTINGS += ("schedule", "restore", "carry")
 
 
 @dataclass(frozen=True)
 class Need:
-    """A quantity from inside the vision encoder, recomputed from captured queries and keys of a few layers.
+    """What a method reads beside the features. From inside the vision encoder, recomputed from captured
+    queries and keys of a few layers:
 
-    kind    "cls_attention"   what the CLS token attends to, post-softmax, mean over heads: (B, layers, N)
-            "mean_attention"  attention a token receives, post-softmax, mean over heads and over all query
-                              rows (CLS row included, as the HiPrune code does): (B, layers, N)
-            "keys"            keys after norm and rotation, mean over heads: (B, layers, N, head_dim)
-            "cls_values"      what CLS attends to, times the length of that head's value, summed over heads:
-                              (B, layers, N)
-            "attention"       the whole map, post-softmax, all tokens of the encoder's sequence (CLS and
-                              registers in front): (B, layers, heads, M, M)
-            "shift"           length of what the MLP branch adds to a token, for methods that reduce after
-                              the block: (B, layers, N)
-            The last two exist at the encoder stage only.
+    kind    "cls_attention"    what the CLS token attends to, post-softmax, mean over heads: (B, layers, N)
+            "cls_logits"       the same before the softmax, scaled: (B, layers, N)
+            "cls_one_head"     what CLS attends to where all heads are taken as one: (B, layers, N)
+            "cls_values"       what CLS attends to, times the length of that head's value, summed over heads:
+                               (B, layers, N)
+            "mean_attention"   attention a token receives, post-softmax, mean over heads and over all query
+                               rows (CLS row included, as the HiPrune code does): (B, layers, N)
+            "patch_attention"  the same, where CLS and registers do not ask: (B, layers, N)
+            "keys"             keys after norm and rotation, mean over heads: (B, layers, N, head_dim)
+            "all_keys"         keys of all heads side by side: (B, layers, N, heads * head_dim)
+            "attention"        the whole map, post-softmax, all tokens of the encoder's sequence (CLS and
+                               registers in front): (B, layers, heads, M, M)
+            "shift"            length of what the MLP branch adds to a token, for methods that reduce after
+                               the block: (B, layers, N)
+            The last two exist at the encoder stage only. And from around it, at the features stage only:
+            "vision"           what the projector was given for each token, the mean over its patches; the
+                               features themselves where no projector is given patches: (B, N, D')
+            "text"             the embeddings of the prompt in which the image is, without image tokens:
+                               tokens.text (B, T, D), padded; tokens.text_mask (B, T) True for those that
+                               are no padding, tokens.text_after (B, T) for those behind the image
     layers  0-based block indices, negatives from the end; a float is a fraction of the depth; a slice spans
             blocks and its bounds may be fractions too. At the encoder stage it is always the block itself in
             which tokens are reduced, so that there is one layer, whatever is named here
+    view    "own", or "thumbnail": what the whole-image view of a tiled image says of the place of each
+            token, interpolated, as `tokens.thumbnail_<kind>`; a token's own where there is none
     """
 
     kind: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...] = ()
+    view: str = "own"
+
+    @property
+    def name(self) -> str:
+        """The attribute of the tokens in which it is found."""
+        return self.kind if self.view == "own" else f"{self.view}_{self.kind}"
 
     def resolve(self, depth: int) -> tuple[int, ...]:
         """The block indices in an encoder of `depth` blocks. Raises ValueError if one does not exist."""
@@ -69,6 +88,10 @@ class Method:
 
     Subclass `Select` or `Merge`, not this class. `stages` lists where the rule may run, its default first.
 
+    At the features stage: `allocate` shares the budget of an image over its tiles, and with
+    `before_projector` tokens are reduced in front of a projector that works token by token, so that merged
+    ones go through it; where there is none such, behind it.
+
     At the encoder stage: `schedule` spreads the budget over blocks (see vtc.schedule), `after_block` reduces
     behind a block's MLP instead of in front of it, and `proportional` adds the logarithm of token sizes to
     the attention of later blocks, so that a merged token is attended to like its members.
@@ -80,6 +103,10 @@ class Method:
     positions: ClassVar[str] = "keep"  # or "repack": what the paper's code does to the kept tokens' positions
     needs_grid: ClassVar[bool] = False  # reads the rows and columns of one picture
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
+    allocate: ClassVar[Any] = "proportional"  # shares an image's budget over its tiles, see allocate.py
+    decoder_layer: ClassVar[int | float] = 2  # decoder stage: in front of which layer tokens are dropped
+    decoder_needs: ClassVar[tuple[Need, ...] | None] = None  # what is read there, where that is not `needs`
+    before_projector: ClassVar[bool] = False  # tokens are what a projector of single tokens is given
     schedule: ClassVar[str] = "constant"
     after_block: ClassVar[bool] = False
     whole_grid: ClassVar[bool] = False  # reduces tokens of the whole picture only, so in one block
@@ -89,6 +116,11 @@ class Method:
     def needs(self) -> tuple[Need, ...]:
         """What `reduce` reads from the tokens beyond their features; may depend on the options."""
         return ()
+
+    def count(self, tokens: Tokens, k: int) -> Tensor | None:
+        """How many tokens each row is worth, 1 to k: (B,), by a method that chooses itself; else None. Where
+        rows differ they are reduced apart."""
+        return None
 
     def reduce(self, tokens: Tokens, k: int) -> Reduction:
         """Keeps exactly k of the N tokens of every row."""
@@ -106,15 +138,26 @@ class Select(Method):
         raise TypeError(f"{type(self).__name__} must define score() or select()")
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
-        score = self.score(tokens)
-        if score.shape != tokens.x.shape[:2]:
-            wanted = tuple(tokens.x.shape[:2])
-            raise ValueError(f"score() of '{self.name}' must give {wanted}, not {tuple(score.shape)}")
         # A stable sort breaks ties by position, so that equal scores give the same tokens in any batch.
-        return score.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return scores(self, tokens).sort(dim=1, descending=True, stable=True).indices[:, :k]
 
     def reduce(self, tokens: Tokens, k: int) -> Reduction:
         return Reduction.select(self.select(tokens, k), tokens.n)
+
+
+def scores(method: Select, tokens: Tokens) -> Tensor:
+    """What `score` gives, float32: (B, N). Raises ValueError for another shape."""
+    score = method.score(tokens)
+    if score.shape != tokens.x.shape[:2]:
+        wanted = tuple(tokens.x.shape[:2])
+        raise ValueError(f"score() of '{method.name}' must give {wanted}, not {tuple(score.shape)}")
+    return score.float()
+
+
+def has_score(method: Method) -> bool:
+    """Whether a method is nothing but the order of its scores."""
+    own = isinstance(method, Select) and type(method).score is not Select.score
+    return own and type(method).select is Select.select and type(method).reduce is Select.reduce
 
 
 @dataclass
@@ -151,7 +194,8 @@ def _methods() -> dict[str, type[Method]]:
 
 
 def list_methods(stage: str | None = None) -> list[str]:
-    """The names `compress()` accepts, sorted: all, or those that run at a stage, "encoder" or "features"."""
+    """The names `compress()` accepts, sorted: all, or those that run at a stage, "encoder", "features" or
+    "decoder"."""
     return sorted(name for name, cls in _methods().items() if stage in (None, *cls.stages))
 
 

@@ -27,6 +27,8 @@ def check_budget(keep: Budget) -> Budget:
         return {_block(block): _entry(entry) for block, entry in keep.items()}
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         return [_entry(entry) for entry in keep]
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} is for stage='features': in an encoder give a share, or a number")
     return check_keep(keep)
 
 

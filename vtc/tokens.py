@@ -93,6 +93,8 @@ class Reduction:
              `source` is then for drawing
     spread   (B, N, K)  soft un-merging: how much of each slot each token gets back
     pruned   True where no token was merged, so that kept tokens are exact copies
+    ordered  True where prompts whose positions are counted anew hold the tokens in the order of `index`, and
+             not of their places
     """
 
     index: Tensor
@@ -103,14 +105,15 @@ class Reduction:
     mix: Tensor | None = None
     spread: Tensor | None = None
     pruned: bool = False
+    ordered: bool = False
 
     @classmethod
-    def select(cls, index: Tensor, n: int) -> Reduction:
+    def select(cls, index: Tensor, n: int, ordered: bool = False) -> Reduction:
         """Pruning: the tokens at `index` (B, K) stay, the other n - K are dropped."""
-        index = index.sort(dim=1).values
+        index = index if ordered else index.sort(dim=1).values
         source = torch.full((index.shape[0], n), -1, dtype=torch.long, device=index.device)
         slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        return cls(index, source.scatter(1, index, slots), pruned=True)
+        return cls(index, source.scatter(1, index, slots), pruned=True, ordered=ordered)
 
     @classmethod
     def merge(cls, index: Tensor, source: Tensor, weight: Tensor | None = None, **more: Any) -> Reduction:
@@ -129,7 +132,7 @@ class Reduction:
         index, order = self.index.sort(dim=1)
         rank = order.argsort(dim=1)  # (B, K) where each slot goes
         source = torch.where(self.source < 0, -1, rank.gather(1, self.source.clamp_min(0)))
-        sorted_ = replace(self, index=index, source=source)
+        sorted_ = replace(self, index=index, source=source, ordered=False)
         if self.size is not None:
             sorted_.size = self.size.gather(1, order)
         if self.mix is not None:
@@ -253,8 +256,18 @@ def _rows(index: Tensor, n: int) -> Tensor:
     return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
-def check_keep(keep: int | float) -> int | float:
+Keep = int | float | str
+
+
+def fraction_of_scores(keep: Any) -> float | None:
+    """The p of a budget "p:0.9", None for any other."""
+    return float(keep[2:]) if isinstance(keep, str) else None
+
+
+def check_keep(keep: Keep) -> Keep:
     """Returns the budget as given, or raises in one sentence that says what a budget is."""
+    if isinstance(keep, str) and keep.startswith("p:"):
+        return _check_fraction_of_scores(keep)
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep must be a fraction in (0, 1] or a whole number of tokens >= 1, not {keep!r}")
     if isinstance(keep, Integral):
@@ -269,8 +282,20 @@ def check_keep(keep: int | float) -> int | float:
     return float(keep)
 
 
-def count_kept(keep: int | float, n: int) -> int:
-    """The exact number of tokens that stay of `n`: at least 1, at most n, fractions rounded half up."""
+def _check_fraction_of_scores(keep: str) -> str:
+    try:
+        if 0 < float(keep[2:]) <= 1:
+            return keep
+    except ValueError:
+        pass
+    raise ValueError(f"keep={keep!r} is no share in (0, 1]: 'p:0.9' keeps the tokens with 0.9 of the scores")
+
+
+def count_kept(keep: Keep, n: int) -> int:
+    """The exact number of tokens that stay of `n`: at least 1, at most n, fractions rounded half up. Of a
+    fraction of scores, which only the scores can tell, the most."""
+    if isinstance(keep, str):
+        return n
     return max(1, math.floor(keep * n + 0.5)) if isinstance(keep, float) else min(keep, n)
 
 

@@ -21,7 +21,7 @@ from .tasks import Item, Task
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE = 240  # pixels of a picture's long side
+SIDE = 144  # pixels of a picture's long side: a page holds some hundreds of them
 
 
 @dataclass(frozen=True)

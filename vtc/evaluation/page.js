@@ -91,35 +91,32 @@ function chart(board, place) {
 }
 
 function gallery(board, place) {
-  const state = { exhibit: 0, keep: 0 };
-  const thumbs = element("div", { class: "thumbs" }), question = element("div", { class: "question" }), pictures = element("div", { class: "pictures" });
-  const slider = element("input", { type: "range", min: 0, max: board.keeps.length - 1, value: 0, step: 1, "aria-label": "kept tokens" });
-  const amount = element("b"), controls = element("div", { class: "controls" });
+  const table = element("table", { class: "gallery" }), body = element("tbody");
+  const slider = element("input", { type: "range", min: 0, max: board.keeps.length - 1, value: board.reference, step: 1, "aria-label": "kept tokens" });
+  const amount = element("b"), label = element("label", {}, element("span", {}, "kept tokens of every picture"), amount);
+  const image = (picture, name) => element("img", { loading: "lazy", src: picture.url, alt: `${name}, ${picture.tokens} tokens`, width: board.side, height: board.side });
 
-  function figure(name, picture) {
-    const answer = element("span", { class: picture.right ? "right" : "wrong" }, `${picture.right ? "✓" : "✗"} ${picture.answer || "no answer"}`);
-    return element("figure", {}, element("img", { src: picture.url, alt: `${name}, ${picture.tokens} tokens` }), element("figcaption", {}, element("b", {}, name), answer));
+  function answer(picture) {
+    return element("span", { class: picture.right ? "right" : "wrong" }, `${picture.right ? "✓" : "✗"} ${picture.answer || "no answer"}`);
+  }
+
+  function row(name, pictures, ...more) {
+    const cells = pictures.map((picture, i) => element("td", {}, ...(picture ? [image(picture, name), answer(picture)] : []), ...more.map((text) => text(i))));
+    return element("tr", {}, element("th", { scope: "row" }, name), ...cells);
   }
 
   function show() {
-    const exhibit = board.exhibits[state.exhibit], keep = board.keeps[state.keep];
-    [...thumbs.children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === state.exhibit)));
+    const keep = board.keeps[Number(slider.value)];
     amount.textContent = keep;
-    question.replaceChildren(exhibit.question, element("em", {}, `  expected: ${exhibit.answer}`));
-    const kept = exhibit.kept.filter((picture) => picture.keep === keep);
-    pictures.replaceChildren(figure(`all ${exhibit.original.tokens} tokens`, exhibit.original), ...kept.map((picture) => figure(picture.method, picture)));
+    const of = (method) => board.exhibits.map((exhibit) => exhibit.kept.find((kept) => kept.method === method && kept.keep === keep));
+    const rows = board.methods.map((method) => [method, of(method)]).filter(([, pictures]) => pictures.some(Boolean));
+    body.replaceChildren(...rows.map(([method, pictures]) => row(method, pictures)));
   }
 
-  board.exhibits.forEach((exhibit, i) => {
-    const button = element("button", { type: "button", "aria-label": exhibit.question }, element("img", { src: exhibit.original.url, alt: "" }));
-    button.addEventListener("click", () => { state.exhibit = i; show(); });
-    thumbs.append(button);
-  });
-  slider.addEventListener("input", () => { state.keep = Number(slider.value); show(); });
-  controls.append(thumbs, element("div", { class: "slide" }, element("label", {}, element("span", {}, "kept tokens"), amount), slider));
-  place.append(controls, question, pictures);
-  state.keep = Math.min(2, board.keeps.length - 1);
-  slider.value = state.keep;
+  const question = (i) => element("em", {}, board.exhibits[i].question);
+  table.append(element("thead", {}, row(`all ${board.exhibits[0].original.tokens} tokens`, board.exhibits.map((exhibit) => exhibit.original), question)), body);
+  slider.addEventListener("input", show);
+  place.append(element("div", { class: "slide" }, label, slider), element("div", { class: "scroll" }, table));
   show();
 }
 

@@ -64,15 +64,19 @@ def _title(board: Board) -> str:
 
 
 def _curves(axes, board: Board, kind: str | None = None, scale: float = 1) -> None:
-    for method, look in looks(board.methods).items():
+    found = looks(board)
+    others = [method for method, look in found.items() if look.plain]
+    for method, look in found.items():
         cells = [board.cells[method, keep] for keep in board.keeps if (method, keep) in board.cells]
         y = [100 * (cell.kind(kind) if kind else cell.accuracy) for cell in cells]
-        (line,) = axes.plot([cell.tokens for cell in cells], y, color=look.colour, label=method)
+        (line,) = axes.plot(
+            [cell.tokens for cell in cells], y, color=look.colour, label=_name(method, others)
+        )
         line.set(
             marker=look.marker,
             markersize=6 * scale,
             linewidth=look.width * scale,
-            zorder=2 if look.dashes else 3,
+            zorder=1.5 if look.plain else 2 if look.dashes else 3,
         )
         line.set(markeredgecolor=look.colour if look.dashes else "white", markeredgewidth=0.8 * scale)
         if look.dashes:
@@ -85,8 +89,16 @@ def _curves(axes, board: Board, kind: str | None = None, scale: float = 1) -> No
     _ticks(axes, board)
 
 
+def _name(method: str, others: list[str]) -> str:
+    """What the legend says: of the plain lines one stands for all, and an underscore hides a line."""
+    if method not in others:
+        return method
+    return f"{len(others)} other methods" if method == others[-1] else f"_{method}"
+
+
 def _ticks(axes, board: Board) -> None:
-    counts = sorted({round(cell.tokens) for cell in board.cells.values()})
+    cells = [cell for (_, keep), cell in board.cells.items() if keep in board.keeps]
+    counts = sorted({round(cell.tokens) for cell in cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()

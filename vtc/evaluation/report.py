@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from ..method import doc, get_method, list_methods
 from . import tables
 from .board import Board, boards
 from .gallery import Exhibit
+from .hard import hard_legend, hard_lines, hard_table
 from .plot import plot_accuracy, plot_kinds
 from .report_html import page
 from .results import read_rows
+from .varying import varying_legend, varying_lines, varying_table
 
 
 def load_boards(path: str | Path) -> list[Board]:
@@ -34,8 +37,8 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
     text = []
     for i, board in enumerate(found):
         end = "" if len(found) == 1 else f"-{i + 1}"
-        pictures = {"accuracy": plot_accuracy} if board.cells else {}
-        if board.cells and board.kinds:
+        pictures = {"accuracy": plot_accuracy} if board.keeps else {}
+        if board.keeps and board.kinds:
             pictures["kinds"] = plot_kinds
         for name, plot in pictures.items():
             plot(board, out / f"{name}{end}.png")
@@ -48,17 +51,17 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
 
 
 def update_readme(path: str | Path, found: list[Board]) -> list[str]:
-    """Fills the parts results, encoders, methods and hosts of a Markdown file, as fill_parts() does.
+    """Fills the parts results, hard, varying, encoders, methods and hosts of a Markdown file, as fill_parts()
+    does.
 
-    Boards of questions are for the part results, those of classes for encoders; without any it stays.
+    Boards of questions are for the first three, those of classes for encoders; without any a part stays.
     """
     asked, classes = [b for b in found if not b.classes], [b for b in found if b.classes]
-    blocks = {"methods": methods_table, "hosts": hosts_table}
+    parts = {"results": results_block, "hard": hard_block, "varying": varying_block} if asked else {}
+    blocks = {name: partial(block, asked) for name, block in parts.items()}
     if classes:
-        blocks = {"encoders": lambda: encoders_block(classes), **blocks}
-    if asked:
-        blocks = {"results": lambda: results_block(asked), **blocks}
-    return fill_parts(path, blocks)
+        blocks["encoders"] = partial(encoders_block, classes)
+    return fill_parts(path, {**blocks, "methods": methods_table, "hosts": hosts_table})
 
 
 def fill_parts(path: str | Path, blocks: dict[str, Callable[[], str]]) -> list[str]:
@@ -94,6 +97,20 @@ def results_block(found: list[Board]) -> str:
         f"{tables.accuracy_table(board)}\n\n{tables.legend(board)} {tables.bounds(board)}\n\n{source(board)}"
         for board in found
     )
+
+
+def hard_block(found: list[Board]) -> str:
+    """The table of hard questions of each board that has one, and what it means."""
+    return _blocks(found, hard_lines, hard_table, hard_legend)
+
+
+def varying_block(found: list[Board]) -> str:
+    """The table of budgets that differ from picture to picture, of each board that has some."""
+    return _blocks(found, varying_lines, varying_table, varying_legend)
+
+
+def _blocks(found: list[Board], lines: Callable, table: Callable, legend: Callable) -> str:
+    return "\n\n".join(f"{table(board)}\n\n{legend(board)}" for board in found if lines(board))
 
 
 def encoders_block(found: list[Board]) -> str:
@@ -138,10 +155,14 @@ def source(board: Board, html: bool = False) -> str:
 
 def _markdown(board: Board, pictures: list[str]) -> str:
     parts = [f"# {board.model.split('@')[0]} on {board.task}", *pictures]
-    if board.cells:
+    if board.keeps:
         table = tables.encoder_table if board.classes else tables.accuracy_table
         parts += [table(board), tables.legend(board, costs=board.classes is not None)]
     parts.append(tables.bounds(board))
+    if hard := hard_block([board]):
+        parts += ["## Hard questions", hard]
+    if varying := varying_block([board]):
+        parts += ["## Budgets that differ from picture to picture", varying]
     for keep in board.keeps if board.kinds else []:
         parts += [f"## By kind of question: {tables.budget(board, keep)}", tables.kinds_table(board, keep)]
     parts += ["## Costs", tables.costs_table(board)]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from .board import Board, is_baseline
-from .gallery import Exhibit, Picture
+from .gallery import SIDE, Exhibit, Picture
+from .hard import hard_legend, hard_lines
 from .results import Row
 from .style import looks
-from .tables import BELOW_RANDOM, budget, cost_columns, costs, legend
+from .tables import BELOW_RANDOM, READS, budget, cost_columns, costs, legend, reads
+from .varying import varying_legend, varying_lines
 
 HERE = Path(__file__).parent
 LEVELS = (("full", "all tokens", "7 4"), ("blind", "no image", "1.5 4"))  # field of a board, name, dashes
@@ -44,7 +47,9 @@ def _board(i: int, board: Board, exhibits: list[Exhibit]) -> str:
     parts = [
         f"<h1>{escape(_name(board))}</h1><p class=lead>{escape(lead)}</p>{_cards(board)}",
         f"<h2>Accuracy against kept tokens</h2><div id=chart-{i}></div>",
-        f"<h2>Table</h2><div class=scroll>{_table(board)}</div><p class=note>{escape(legend(board))}</p>",
+        f"<h2>Table</h2><div class=scroll>{_table(board)}</div>{_note(legend(board))}",
+        _more("Hard questions", hard_lines, hard_legend, board),
+        _more("Budgets that differ from picture to picture", varying_lines, varying_legend, board),
         f"<h2>What was kept</h2><div id=gallery-{i}></div>" if exhibits else "",
         f"<details><summary>What it costs</summary><div class=scroll>{_costs(board)}</div></details>",
         _errors(board),
@@ -76,13 +81,35 @@ def _best(board: Board, keep: float | int) -> str:
 
 def _table(board: Board) -> str:
     heading = "".join(f"<th>{'<br>'.join(budget(board, keep).split(', '))}</th>" for keep in board.keeps)
+    told = {method: reads(board, method) for method in board.methods}
     best = {keep: _best(board, keep) for keep in board.keeps}
     body = []
     for method in board.methods:
         cells = "".join(_cell(board, method, keep, best[keep] == method) for keep in board.keeps)
         row = "<tr class=baseline>" if is_baseline(method) else "<tr>"
-        body.append(f"{row}<th scope=row>{escape(method)}</th>{cells}</tr>")
+        known = f"<td class=word>{told[method]}</td>" if any(told.values()) else ""
+        body.append(f"{row}<th scope=row>{escape(method)}</th>{known}{cells}</tr>")
+    heading = f"<th class=word>{READS}</th>{heading}" if any(told.values()) else heading
     return f"<table><thead><tr><th>method</th>{heading}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _more(title: str, lines: Callable, legend: Callable[[Board], str], board: Board) -> str:
+    """A table of lines, the heading first; "" where there are none."""
+    found = lines(board)
+    if not found:
+        return ""
+    heading, *body = found
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in body
+    )
+    top = "".join(f"<th>{'<br>'.join(escape(cell).split(', '))}</th>" for cell in heading)
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<h2>{title}</h2><div class=scroll>{table}</div>{_note(legend(board))}"
+
+
+def _note(markdown: str) -> str:
+    return f"<p class=note>{escape(markdown.replace('*', '').replace('`', ''))}</p>"
 
 
 def _cell(board: Board, method: str, keep: float | int, best: bool) -> str:
@@ -116,7 +143,7 @@ def _errors(board: Board) -> str:
 
 def _data(board: Board, exhibits: list[Exhibit]) -> dict[str, Any]:
     series = []
-    for method, look in looks(board.methods).items():
+    for method, look in looks(board).items():
         cells = [board.cells[method, keep] for keep in board.keeps if (method, keep) in board.cells]
         kinds = [{kind: cell.kind(kind) for kind in board.kinds} for cell in cells]
         points = [
@@ -133,7 +160,8 @@ def _data(board: Board, exhibits: list[Exhibit]) -> dict[str, Any]:
     ]
     return {
         "series": series, "levels": levels, "kinds": board.kinds, "axis": board.axis,
-        "keeps": [budget(board, keep) for keep in board.keeps],
+        "keeps": [budget(board, keep) for keep in board.keeps], "methods": board.methods, "side": SIDE,
+        "reference": board.keeps.index(board.reference) if board.keeps else 0,
         "exhibits": [_exhibit(board, exhibit) for exhibit in exhibits],
     }  # fmt: skip
 

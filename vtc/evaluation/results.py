@@ -80,6 +80,18 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[int]]:
     return list(rows.values()), broken
 
 
+def newest(rows: list[Row]) -> list[Row]:
+    """Of rows about the same run the last one made: a method that was rewritten is run under another key."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        about = [row[name] for name in ("model", "task", "split", "n", "method", "options", "keep")]
+        key = json.dumps(about, sort_keys=True)
+        older = found.get(key)
+        if older is None or older.get("date", "") <= row.get("date", ""):
+            found[key] = row
+    return list(found.values())
+
+
 def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from statistics import pstdev
 from typing import Any
 
 import torch
@@ -15,17 +16,21 @@ from torch import Tensor, nn
 
 from ..api import compress
 from ..cost import profile, recording, versions
+from .calibrate import Keep, resolve
+from .outcomes import pack
 from .prompts import Batch, Batches, encode, place
 
+BASELINES = ("random", "uniform", "pool", "downsample")
 FULL, BLIND = "full", "blind"  # in the place of a method's name: all tokens; the question without its image
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: `method` is the name of a method, FULL or BLIND; `options` are the method's."""
+    """What is run: `method` is the name of a method, FULL or BLIND; `options` are the method's; `keep` is
+    what `calibrate.check()` takes."""
 
     method: str
-    keep: float | int = 1.0
+    keep: Keep = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -40,7 +45,8 @@ class Tally:
 
     right: Counter = field(default_factory=Counter)  # by kind
     asked: Counter = field(default_factory=Counter)
-    tokens: int = 0  # image tokens that entered the language model, all items together
+    outcomes: list[bool] = field(default_factory=list)  # of every item that could be asked
+    tokens: list[int] = field(default_factory=list)  # of every image, that entered the language model
     errors: list[dict[str, str]] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
@@ -50,8 +56,10 @@ class Tally:
             "accuracy": self.right.total() / items,
             "kinds": {k: {"accuracy": self.right[k] / n, "items": n} for k, n in sorted(self.asked.items())},
             "items": items,
+            "outcomes": pack(self.outcomes),
             "errors": self.errors,
-            "tokens": self.tokens / items,
+            "tokens": sum(self.tokens) / items,
+            "tokens_spread": pstdev(self.tokens) if self.tokens else 0.0,
         }
 
 
@@ -74,27 +82,36 @@ def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) 
     """Asks every item, then profiles the first one. Raises ValueError where no item can be asked.
 
     Accuracy is the share of greedy answers that equal the expected one after `tasks.normalise`. `tokens` is
-    the mean over all images, `cost` what `vtc.profile` says of the first one; None where the model is blind.
+    the mean over all items and `tokens_spread` the standard deviation over images, `cost` what `vtc.profile`
+    says of the first item; None where the model is blind. `outcomes` says which items were answered right
+    (see outcomes.py), in the order of the task without those in `errors`; `given` is what `compress()` was
+    given where `keep` is a mean.
     """
     made = making()
-    attached = nullcontext()
+    attached, given = nullcontext(), {}
     if is_method(setting.method):
-        attached = compress(model, setting.method, keep=setting.keep, **setting.options)
+        keep = resolve(model, batches, setting.method, setting.keep, setting.options)
+        given = {"given": keep} if isinstance(keep, str) and keep != setting.keep else {}
+        attached = compress(model, setting.method, keep=keep, **setting.options)
     blind = setting.method == BLIND
     first = batches.first()
     with attached:
         tally = _ask(model, batches, blind)
         cost = None if blind else profile(model, place(first.inputs, model), repeats)
-    return {**tally.row(), "cost": cost, **made()}
+    return {**tally.row(), **given, "cost": cost, **made()}
 
 
 def making() -> Callable[[], dict[str, Any]]:
     """Starts a clock; what is returned says how long a row took, when it was begun and with what."""
-    start, date = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    start, date = time.perf_counter(), now()
     return lambda: {
         "seconds": round(time.perf_counter() - start, 3), "date": date, "threads": torch.get_num_threads(),
         "versions": versions(),
     }  # fmt: skip
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _ask(model: nn.Module, batches: Batches, blind: bool) -> Tally:
@@ -108,9 +125,11 @@ def _ask(model: nn.Module, batches: Batches, blind: bool) -> Tally:
                 new = output[:, inputs["input_ids"].shape[1] :]  # (items, length)
                 answers = batches.processor.batch_decode(new, skip_special_tokens=True)
                 for item, answer in zip(batch.items, answers, strict=True):
+                    right = item.matches(answer)
                     tally.asked[item.kind] += 1
-                    tally.right[item.kind] += item.matches(answer)
-                tally.tokens += sum(record.entering["decoder"] for record in handle.last) if handle else 0
+                    tally.right[item.kind] += right
+                    tally.outcomes.append(right)
+                tally.tokens += [record.entering["decoder"] for record in handle.last] if handle else []
     return tally
 
 

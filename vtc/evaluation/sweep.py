@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import shlex
 import sys
 import warnings
@@ -17,11 +18,12 @@ from typing import Any
 from torch import nn
 
 from ..api import compress
-from ..method import SETTINGS, get_method
-from ..tokens import check_keep
+from ..method import SETTINGS, Method, get_method, has_score
+from ..tokens import Keep
+from .calibrate import OWN, check
 from .prompts import Batches
-from .results import Results, Row
-from .runner import BLIND, FULL, Setting, is_method, run
+from .results import Results, Row, newest, read_rows
+from .runner import BASELINES, BLIND, FULL, Setting, is_method, now, run
 from .tasks import Task, load_task
 
 MethodSpec = str | tuple[str, dict[str, Any]]
@@ -31,7 +33,7 @@ def sweep(
     model: nn.Module,
     processor,
     methods: MethodSpec | Iterable[MethodSpec],
-    keeps: float | int | Iterable[float | int],
+    keeps: Keep | Iterable[Keep],
     tasks: str | Task | Iterable[str | Task] = "scenes",
     *,
     n: int | None = None,
@@ -48,7 +50,11 @@ def sweep(
 
     methods   names, or (name, options) pairs; one with an option `seed` is run once per seed. `positions` and
               `allocate` of `compress()` may stand among the options
-    keeps     budgets as in `compress()`
+    keeps     budgets as in `compress()`, and those of calibrate.py: "own", the number that a method chooses
+              itself, and "mean:16" or "mean:0.11", the fraction of the scores that comes to so many tokens on
+              average. Those, and "p:0.9", are for methods with a number of their own or with scores, and not
+              for baselines; beside each of them the method runs with as many tokens of every picture as it
+              kept on average, and so does `random` where it runs at all
     baselines run beside the methods at every budget: a score says little without them. One that the model
               cannot serve, such as an encoder that sees one resolution only, is left out with a warning
     tasks     "scenes", "jsonl:PATH" or a `Task`; n and split are for the names
@@ -65,11 +71,19 @@ def sweep(
     methods += [name for name in many(baselines) if name not in named and serves(model, name)]
     settings = [Setting(FULL), Setting(BLIND), *expand(methods, many(keeps), many(seeds))]
     tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in many(tasks)]
+    identity = identify(model)
 
     def runner(task: Task) -> Callable[[Setting], Row]:
         return partial(run, model, Batches(processor, task, batch_size), repeats=repeats)
 
-    return complete(output, identify(model), tasks, settings, runner, command, progress)
+    rows = complete(output, identity, tasks, settings, runner, command, progress)
+    chance = many(seeds) if any(setting.method == "random" for setting in settings) else []
+    for task in tasks if any(isinstance(keep, str) for keep in many(keeps)) else []:
+        known = [row for row in newest(read_rows(output)[0]) if _about(row, identity, task)]
+        own = [row for row in rows if _about(row, identity, task)]
+        beside = list(counterparts(own, known, chance))
+        rows += complete(output, identity, [task], beside, runner, command, progress)
+    return rows
 
 
 def complete(
@@ -91,6 +105,43 @@ def complete(
                 results.append(row | _attempt(make, task, setting))
                 bar.update()
         return [results.rows[key] for key in planned]
+
+
+def counterparts(rows: list[Row], known: list[Row], seeds: list[int]) -> Iterator[Setting]:
+    """What has to be run for a fair look at `rows` of budgets that differ from picture to picture: the same
+    method, and random tokens, with as many tokens of every picture as were kept on average. `known` are rows
+    that need no second run."""
+    done = {_run(row["method"], row["options"], _count(row)) for row in known if _is_fixed(row)}
+    for row in rows:
+        if "error" in row or not isinstance(row["keep"], str):
+            continue
+        k, own = _count(row), (row["method"], fixed_options(row))
+        for method, options in [own, *(("random", {"seed": seed}) for seed in seeds)]:
+            if _run(method, options, k) not in done:
+                done.add(_run(method, options, k))
+                yield Setting(method, k, options)
+
+
+def fixed_options(row: Row) -> dict[str, Any]:
+    """The options with which the method of a row keeps as many tokens as it is told."""
+    return row["options"] | ({"adaptive": False} if row["keep"] == OWN else {})
+
+
+def _count(row: Row) -> int:
+    return max(1, math.floor(row["tokens"] + 0.5))
+
+
+def _run(method: str, options: dict[str, Any], k: int) -> str:
+    return json.dumps([method, options, k], sort_keys=True)
+
+
+def _is_fixed(row: Row) -> bool:
+    return "error" not in row and is_method(row["method"]) and not isinstance(row["keep"], str)
+
+
+def _about(row: Row, identity: str, task: Task) -> bool:
+    place = (row["model"], row["task"], row["split"], row["n"])
+    return place == (identity, task.name, task.split, len(task.items))
 
 
 def identify(model: nn.Module, name: str | None = None) -> str:
@@ -133,16 +184,31 @@ def _done(row: Row | None) -> bool:
     return row is not None and "error" not in row
 
 
-def expand(methods: list[MethodSpec], keeps: list[float | int], seeds: list[int]) -> Iterator[Setting]:
-    """Every method at every budget, once per seed where it has one."""
-    for keep in map(check_keep, keeps):
+def expand(methods: list[MethodSpec], keeps: list[Keep], seeds: list[int]) -> Iterator[Setting]:
+    """Every method at every budget that it can have, once per seed where it has one."""
+    for keep in map(check, keeps):
         for spec in methods:
             name, options = (spec, {}) if isinstance(spec, str) else spec
             own = {option: value for option, value in options.items() if option not in SETTINGS}
-            fields = {field.name for field in dataclasses.fields(get_method(name, **own))}
+            method = get_method(name, **own)
+            fields = {field.name for field in dataclasses.fields(method)}
+            if isinstance(keep, str) and not _varies(method, keep):
+                continue
             seeded = "seed" in fields and "seed" not in options
             for seed in seeds if seeded else (None,):
                 yield Setting(name, keep, options if seed is None else {**options, "seed": seed})
+
+
+def _varies(method: Method, keep: str) -> bool:
+    """Whether a method can have a budget that differs from picture to picture; if not, and it is no baseline,
+    a warning says so."""
+    if method.name in BASELINES:
+        return False
+    able = getattr(method, "adaptive", False) if keep == OWN else has_score(method)
+    if not able:
+        what = "chooses no number of tokens itself" if keep == OWN else "has no scores"
+        warnings.warn(f"'{method.name}' runs without keep={keep!r}: it {what}", stacklevel=4)
+    return able
 
 
 def serves(model: nn.Module, name: str, **options: Any) -> bool:
@@ -170,7 +236,7 @@ def _attempt(make: Callable[[Setting], Row], task: Task, setting: Setting) -> Ro
     except Exception as error:  # whatever a method does wrong, the other runs go on
         message = f"{type(error).__name__}: {error}"
         warnings.warn(f"the run of {setting} on {task.name} failed: {message}", stacklevel=4)
-        return {"error": message}
+        return {"error": message, "date": now()}
 
 
 def _bar(total: int, progress: bool):

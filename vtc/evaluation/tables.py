@@ -12,6 +12,7 @@ from .board import Board, Cell
 from .results import Row
 from .runner import label, text
 
+READS = "reads"
 BELOW_RANDOM = "▾"
 SLOWER = "▿"
 
@@ -62,15 +63,26 @@ def markdown(cells: Iterable[Iterable[str]], align: str) -> str:
 
 def accuracy_table(board: Board) -> str:
     """Accuracy in per cent by method and budget, in brackets the share of the accuracy with all tokens."""
-    heading = ["method", *(budget(board, keep) for keep in board.keeps)]
-    return markdown([heading, *accuracies(board)], "l" + "r" * len(board.keeps))
+    return lines_table(accuracy_lines(board), len(board.keeps))
 
 
-def accuracies(board: Board) -> list[list[str]]:
-    """A line for each method: its name and its cell at each budget."""
-    return [
-        [method, *(accuracy_cell(board, method, keep) for keep in board.keeps)] for method in board.methods
-    ]
+def accuracy_lines(board: Board, corner: str = "method") -> list[list[str]]:
+    """The lines of `accuracy_table`, its heading first: a method's name, what it reads, and its cells."""
+    lines = [[corner, READS, *(budget(board, keep) for keep in board.keeps)]]
+    for method in board.methods:
+        cells = [accuracy_cell(board, method, keep) for keep in board.keeps]
+        lines.append([method, reads(board, method), *cells])
+    return lines if any(line[1] for line in lines[1:]) else [[line[0], *line[2:]] for line in lines]
+
+
+def lines_table(lines: list[list[str]], numbers: int) -> str:
+    """A Markdown table of lines whose last columns are numbers."""
+    return markdown(lines, "l" * (len(lines[0]) - numbers) + "r" * numbers)
+
+
+def reads(board: Board, method: str) -> str:
+    """What a method reads of that which not every encoder or prompt has: "CLS", "text"."""
+    return next(cell.reads for (name, _), cell in board.cells.items() if name == method)
 
 
 def budget(board: Board, keep: float | int) -> str:
@@ -85,7 +97,7 @@ def accuracy_cell(board: Board, method: str, keep: float | int) -> str:
     if cell is None:
         return "-"
     relative = board.relative(cell)
-    shown = _accuracy(cell) + ("" if relative is None else f" ({100 * relative:.0f})")
+    shown = accuracy(cell) + ("" if relative is None else f" ({100 * relative:.0f})")
     return f"{shown} {BELOW_RANDOM}" if board.loses(method, keep) else shown
 
 
@@ -118,10 +130,12 @@ def legend(board: Board, costs: bool = False) -> str:
     seeds = max((len(cell.rows) for cell in board.cells.values()), default=1)
     if seeds > 1:
         parts.append(f"± the standard deviation over {seeds} seeds")
-    if any(board.loses(*place) for place in board.cells):
+    if any(board.loses(method, keep) for method, keep in board.cells if keep in board.keeps):
         parts.append(f"{BELOW_RANDOM} below random tokens at the same budget")
     if costs and any(_speed(cell) < 1 for cell in board.cells.values()):
         parts.append(f"{SLOWER} slower than with all tokens")
+    if not costs and any(cell.reads for cell in board.cells.values()):
+        parts.append(f"*{READS}*: CLS, what the encoder's CLS token attends to; text, the question")
     return "; ".join(parts) + "."
 
 
@@ -162,12 +176,12 @@ def _encoder_cell(board: Board, method: str, keep: float | int) -> str:
     cell = board.cells.get((method, keep))
     if cell is None:
         return "-"
-    accuracy = _accuracy(cell) + (f" {BELOW_RANDOM}" if board.loses(method, keep) else "")
+    shown = accuracy(cell) + (f" {BELOW_RANDOM}" if board.loses(method, keep) else "")
     gflops = cell.mean(lambda row: row["cost"]["gflops"])
-    return f"{accuracy} / {gflops:#.3g} / {_speed(cell):.2f}{SLOWER if _speed(cell) < 1 else ''}"
+    return f"{shown} / {gflops:#.3g} / {_speed(cell):.2f}{SLOWER if _speed(cell) < 1 else ''}"
 
 
-def _accuracy(cell: Cell) -> str:
+def accuracy(cell: Cell) -> str:
     spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}"
     return f"{100 * cell.accuracy:.1f}{spread}"
 

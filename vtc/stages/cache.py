@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .groups import Groups
+
 _STATE, _LAST = "_vtc_state", "_vtc_last"
 
 
@@ -25,6 +27,7 @@ class CacheState:
     fixed    how many positions cannot be cropped: behind them no row lost a token, so there positions and
              those of the conversation go in step
     padded   whether some of the removed positions were padding
+    groups   what each of the first keys stands for, where attention is biased by it; else None
     fitted   True while a forward runs whose masks and positions were made for this cache
     """
 
@@ -36,12 +39,14 @@ class CacheState:
     types: dict[str, Tensor] | None = None
     fixed: int = 0
     padded: bool = False
+    groups: Groups | None = None
     fitted: bool = False
 
     @property
     def needs_fitting(self) -> bool:
         """Whether masks and positions for the whole conversation are wrong for this cache."""
-        return self.padded or self.mask is not None or self.shift is not None
+        kept = (self.mask, self.shift, self.groups)
+        return self.padded or any(part is not None for part in kept)
 
     def cut(self, length: int) -> CacheState:
         """What it says of the first `length` positions."""
@@ -49,7 +54,8 @@ class CacheState:
             return self
         mask = None if self.mask is None else self.mask[:, :length]
         types = self.types and {name: kinds[:, :length] for name, kinds in self.types.items()}
-        return replace(self, length=length, mask=mask, types=types)
+        groups = self.groups and self.groups.map(lambda part: part[:, :length])
+        return replace(self, length=length, mask=mask, types=types, groups=groups)
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -147,6 +153,8 @@ def _move_rows(cache: Any, move: Callable[[Tensor], Tensor]) -> None:
     moved = {name: move(value) for name in ("mask", "shift") if (value := getattr(state, name)) is not None}
     if state.types is not None:
         moved["types"] = {name: move(value) for name, value in state.types.items()}
+    if state.groups is not None:
+        moved["groups"] = state.groups.map(move)
     setattr(cache, _STATE, replace(state, **moved))
 
 

@@ -19,9 +19,10 @@ from ..taps import refusal
 from ..threads import ByThread
 from ..tokens import Reduction, Tokens
 from .consumers import consumers
-from .features import check_reduction, lots_of
 from .passage import Group, Passage, Seen, State
 from .ragged import Ragged, of_group
+from .reducer import check_reduction
+from .rows import lots_of
 from .site import Site
 
 RESTORE = (None, "unmerge")
@@ -362,7 +363,7 @@ def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None)
         )
     if carry and trunk.family.rope:
         raise ValueError(f"carry='gap' adds tokens that have no place, but {trunk.name} turns keys by places")
-    kinds = {need.kind for need in method.needs}
+    kinds = {need.name for need in method.needs}
     if unknown := kinds - set(KINDS):
         raise ValueError(f"'{method.name}' needs {sorted(unknown)}, and there are {', '.join(KINDS)}")
     if "shift" in kinds and not method.after_block:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Recording
 from ..hosts.memory import count_tiles
 from ..threads import ByThread
 from ..tokens import gather
-from .features import FeaturesStage, rows_of
+from .features import FeaturesStage, Recorded
 from .fields import items
 from .plan import Plan
 
@@ -30,7 +29,7 @@ class _Call:
     """One call of the base model with pictures, between its hooks."""
 
     arguments: dict[str, Any]
-    recording: Recording | None
+    recorded: Recorded | None
     context: ExitStack
 
 
@@ -41,8 +40,8 @@ class MemoryStage(FeaturesStage):
         base = self.vision.base
         self._parameters = list(inspect.signature(type(base).forward).parameters)[1:]
         self._calls: ByThread[_Call] = ByThread()
-        for capture in self._captures():
-            capture.install()
+        for part in self._watching():
+            part.install()
         self._hooks = [
             base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
             self.vision.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
@@ -53,18 +52,20 @@ class MemoryStage(FeaturesStage):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for capture in self._captures():
-            capture.remove()
+        for part in self._watching():
+            part.remove()
+
+    def _watching(self) -> list[Any]:
+        parts = [*self._captures(), self.projection, self.prompt]
+        return [part for part in parts if part]
 
     def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = {**dict(zip(self._parameters, args)), **kwargs}
-        everything = isinstance(self.keep, float) and self.keep == 1
         if given.get("pixel_values") is None:
             return
         context = ExitStack()
         (source,) = self.sources.values()
-        recording = None if everything else context.enter_context(source.capture.recording())
-        self._calls.set(_Call(given, recording, context))
+        self._calls.set(_Call(given, context.enter_context(self._recording(source)), context))
 
     def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if call := self._calls.pop():
@@ -102,13 +103,13 @@ class MemoryStage(FeaturesStage):
         pictures = states.reshape(counts.numel(), most * tile, -1)
         lengths = (counts.flatten() * tile).tolist()
         features = tuple(own[:length] for own, length in zip(pictures, lengths) if length)
-        (source,) = self.sources.values()
+        ((name, source),) = self.sources.items()
         layouts = source.layout(self.vision, call.arguments, items(features))
-        rows = rows_of(layouts, self.keep, self.allocate)
-        reduced, records = self._reduce(rows, features, layouts, call.recording, states.shape[-1])
-        (name,) = self.sources
+        if call.recorded and self.prompt:
+            call.recorded.texts = self.prompt.texts(name, layouts)
+        reduced, records = self._reduce(features, layouts, call.recorded, states.shape[-1])
         self._records = {name: records}
-        self.spent = 0.0 if call.recording is None else call.recording.seconds
+        self.spent = 0.0 if call.recorded is None else call.recorded.attention.seconds
         if all(new is old for new, old in zip(reduced, features)):
             return states, None
         memory, left = torch.full_like(pictures, float("nan")), iter(reduced)

@@ -81,6 +81,17 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
 
 
+def text_row(positions: Tensor) -> Tensor:
+    """Of positions of several components (3 or 4, B, L) the first: (B, L)."""
+    return positions if positions.dim() == 2 else positions[0]
+
+
+def first_position(positions: Tensor, valid: Tensor) -> Tensor:
+    """Where the first token of each row that is no padding stands, by valid (B, L): (B, 1)."""
+    row = text_row(positions).to(valid.device).expand(len(valid), -1)
+    return row.gather(1, valid.long().argmax(dim=1, keepdim=True))
+
+
 def shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:
     """What else the decoder is given for each token, or for each token of an image."""
     short = {}

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..hosts import Vision
+from ..record import Record
+from ..restoring import Nearest
 from ..threads import ByThread
 from ..tokens import gather
+from .bias import GroupBias
 from .blocks import BlockMasks
 from .cache import (
     CacheState,
@@ -33,16 +36,19 @@ from .cache import (
     shrink_static,
     state_of,
 )
+from .groups import Groups, read_sizes, write_groups
 from .plan import (
     PER_TOKEN,
     VISUAL,
     Plan,
+    first_position,
     joined,
     marked_tokens,
     mask2d,
     routed,
     shorten_others,
     take,
+    text_row,
     valid_tokens,
 )
 
@@ -64,6 +70,7 @@ class _Call:
     foreign_mask: bool = False  # the model was given a mask of another form, for the full prompt
     known_mask: bool = True  # and `mask` is what it was made of
     types: dict[str, Tensor] = field(default_factory=dict)  # (B, any) kinds of tokens, for block masks
+    images: Tensor | None = None  # (B, L) which tokens are an image's, where sizes are read
     plan: Plan | None = None
     marked: Tensor | None = None  # (B, L) the tokens that the plan drops
     state: CacheState | None = None
@@ -72,13 +79,14 @@ class _Call:
 class Shortening:
     """The hooks on the base model and its decoder."""
 
-    def __init__(self, vision: Vision, repack: bool):
+    def __init__(self, vision: Vision, repack: bool, merge: Nearest | None = None):
         self.base, self.decoder, self.host, self.repack = vision.base, vision.decoder, vision.host, repack
         self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
         self._inputs = [
             name for name in self._parameters if name.startswith(("pixel_values", "image_patches"))
         ]
         self._masks = BlockMasks.of(vision)
+        self._bias = GroupBias(vision, merge) if merge and merge.biases else None
         self._calls: ByThread[_Call] = ByThread()
         self._noted: ByThread[tuple[Tensor | None]] = ByThread()  # see note_mask()
         self._over: ByThread[bool] = ByThread()  # True where the last forward with images has ended
@@ -94,12 +102,20 @@ class Shortening:
         if self.host.slots:
             sparse = [m for m in self.decoder.modules() if getattr(m, "indexer", None) is not None]
             self._hooks += [m.register_forward_pre_hook(self._count_slots, with_kwargs=True) for m in sparse]
+        if self._bias:
+            self._hooks.append(self._bias.install())
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         self._calls.clear()
+
+    def marked(self, features: list[Tensor], records: list[Record]) -> list[Tensor]:
+        """Features of images (n, D) that hold dropped rows, with what the decoder is to know of them."""
+        if self._bias is None:
+            return features
+        return [write_groups(x, record.index, record.source) for x, record in zip(features, records)]
 
     def seen(self, output: Any, dropped: bool) -> None:
         """The stage reports features that went through it. generate() encodes first and passes them later."""
@@ -149,6 +165,7 @@ class Shortening:
             foreign_mask=foreign,
             known_mask=not foreign or noted is not None,
             types=self._types(given),
+            images=self._bias and self._bias.images(given.get("input_ids")),
         )
         self._calls.set(call)
 
@@ -188,6 +205,8 @@ class Shortening:
                 )
             return None
         call.plan, call.reached = None, True  # the plan may be of a call that an exception ended
+        if self._bias:
+            self._bias.begin()
         if call.vision and not call.seen:
             raise RuntimeError(
                 f"nothing was compressed: image inputs reached {type(self.base).__name__} without passing "
@@ -208,17 +227,26 @@ class Shortening:
         if state is None:
             return kwargs
         self._refuse_masks(call, cache)
+        past, tail = physical_length(cache), mask2d(mask) if call.mask is None else call.mask
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
         if state.shift is not None:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
-            kwargs = {**kwargs, "position_ids": positions - state.shift.to(positions.device)[:, None]}
-        tail = mask2d(mask) if call.mask is None else call.mask
-        types = self._masks.whole(call.types, state, x, physical_length(cache))
-        if state.mask is None and tail is None and types is None and not call.foreign_mask:
-            return kwargs  # nothing is padding
-        mask = physical_mask(cache, state, tail, x.shape[1])
-        return self._masks.apply({**kwargs, "attention_mask": mask}, types)
+            positions = positions - state.shift.to(positions.device)[:, None]
+            kwargs = {**kwargs, "position_ids": positions}
+        types = self._masks.whole(call.types, state, x, past)
+        if not (state.mask is None and tail is None and types is None and not call.foreign_mask):
+            mask = physical_mask(cache, state, tail, x.shape[1])
+            kwargs = self._masks.apply({**kwargs, "attention_mask": mask}, types)
+        if state.groups is None:
+            return kwargs
+        if self._bias is None:
+            raise RuntimeError(
+                "this cache holds merged tokens, which attention is to be biased for: go on from it with the "
+                "merge= that it was made with"
+            )
+        start = first_position(positions, valid_tokens(None, tail, past, x))
+        return self._bias.apply(kwargs, state.groups, positions, past, start, reads=False)
 
     @torch.compiler.disable
     def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
@@ -248,6 +276,7 @@ class Shortening:
             raise ValueError(
                 "several prompts packed into one row cannot be compressed: give each its own row, padded"
             )
+        start = first_position(positions, valid) - (0 if state.shift is None else state.shift[:, None])
         positions, shift = take(positions.to(x.device), plan.index), state.shift  # (..., B, K)
         if self.repack:
             gone = (valid & dropped).long().cumsum(dim=1)  # (B, L) dropped tokens up to each position
@@ -261,7 +290,10 @@ class Shortening:
         removed = state.removed + length - plan.k
         fixed = past + plan.k - kept_at_the_end(keep)
         padded = state.padded or not bool(valid.all())
-        call.state = CacheState(removed, past + plan.k, short_mask, shrunk, shift, types, fixed, padded)
+        groups = self._groups(call, x, plan, positions, state, past, start) if self._bias else None
+        call.state = CacheState(
+            removed, past + plan.k, short_mask, shrunk, shift, types, fixed, padded, groups
+        )
         if short_mask is None and cache is None:
             # Positions with gaps and no mask would be taken for several packed sequences.
             short_mask = torch.ones_like(plan.real)
@@ -277,7 +309,31 @@ class Shortening:
         }
         if "logits_to_keep" in kwargs:  # in Gemma 4 its last layers leave out what they count as the others
             short["logits_to_keep"] = 0
-        return self._masks.apply(short, types)
+        short = self._masks.apply(short, types)
+        return self._bias.apply(short, groups, positions, past, start, reads=True) if self._bias else short
+
+    def _groups(
+        self,
+        call: _Call,
+        x: Tensor,
+        plan: Plan,
+        positions: Tensor,
+        state: CacheState,
+        past: int,
+        start: Tensor,
+    ) -> Groups:
+        """Of all keys: those in the cache and the K new ones, which are at `positions` (..., B, K)."""
+        if call.images is None:
+            raise ValueError(
+                "which embeddings are an image's is not known without input_ids, and sizes of merged tokens "
+                "go by it: give input_ids and pixel_values, or compress with merge='nearest'"
+            )
+        images = call.images.to(x.device)
+        sizes = read_sizes(x, call.marked, images).gather(1, plan.index)  # (B, K)
+        real = images.gather(1, plan.index) & plan.real
+        new = Groups.of(torch.where(plan.real, sizes, 1), real, text_row(positions))
+        old = state.groups or new.map(lambda part: part[:, :0])
+        return old.lengthened(past, start, past).followed(new)
 
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""

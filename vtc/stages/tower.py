@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..allocate import Proportional
 from ..hosts import Vision
 from ..hosts.host import Layout
 from ..hosts.trunk import open_trunk
@@ -18,8 +19,9 @@ from ..schedule import Budget, Schedule
 from ..threads import ByThread
 from ..tokens import Reduction, Tokens
 from .encoder import EncoderStage
-from .features import FeaturesStage, Row, whole_rows
+from .features import FeaturesStage
 from .passage import Passage
+from .rows import Row, whole_rows
 
 
 class TowerStage:
@@ -157,7 +159,7 @@ class _Equal(Merge):
     name = "equal"
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:
-        rows = zip(tokens.place_in_encoder[:, 0].long(), tokens.patch[:, 0].long())
+        rows = zip(tokens.place_in_encoder, tokens.patch)
         index, source = (torch.stack(parts) for parts in zip(*(_standing(*row) for row in rows)))
         return Reduction(index, source, pruned=True)
 
@@ -189,7 +191,7 @@ class _Following(FeaturesStage):
         self.singles: tuple[list[Record], Passage | None] = ([], None)
         self._passages: ByThread[list[Passage]] = ByThread()
         # All of what has left the tower: that is known without recording anything.
-        super().__init__(vision, _Equal(), 1.0, "keep", "proportional")
+        super().__init__(vision, _Equal(), 1.0, "keep", Proportional())
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self._passages.get() is not None:  # videos may go through the method for images
@@ -213,27 +215,25 @@ class _Following(FeaturesStage):
             )
 
     def _reduce(
-        self, rows: list[Row], features: tuple[Tensor, ...], layouts: list[Layout], *more: Any
+        self, features: tuple[Tensor, ...], layouts: list[Layout], *more: Any
     ) -> tuple[list[Tensor], list[Record]]:
-        reduced, records = super()._reduce(rows, features, layouts, *more)
+        reduced, records = super()._reduce(features, layouts, *more)
         passages = self._passages.get()
         single = len(passages) == 1 and len(passages[0].lot) == len(records)
         self.singles = (records, passages[0]) if single else ([], None)
         return reduced, records
 
-    def _rows(self, layouts: list[Layout]) -> list[Row]:
+    def _rows(self, layouts: list[Layout], *more: Any) -> list[Row]:
         rows = whole_rows(layouts)
         whole = {row.image for row in rows if row.patches is None or row.patches.shape[1] > 1}
         places = self._places()
         for row in rows:
             if row.image not in whole:
-                own = places[row.patches[:, 0].to(places.device)]
+                patch = row.patches[:, 0].to(places.device)
+                own = places[patch]  # (n,)
                 row.k = len(own[own >= 0].unique())
+                row.extras = {"place_in_encoder": own, "patch": patch}
         return rows
-
-    def _extras(self, recording: Any) -> dict[str, Tensor]:
-        places = self._places()[:, None].double()
-        return {"place_in_encoder": places, "patch": torch.arange(len(places)).to(places)[:, None]}
 
     def _places(self) -> Tensor:
         """For each patch of the call the one whose place the token has that it has gone into, both counted

@@ -1,0 +1,323 @@
+"""The decoder stage: vision tokens are removed inside the language model, in front of one of its layers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts import Vision, features_owner
+from ..hosts.host import LayoutFunction
+from ..method import Method, Need
+from ..record import Record, Tile
+from ..taps import refusal
+from ..threads import ByThread
+from ..tokens import Keep, Reduction, Tokens, check_keep, count_kept
+from .fields import items
+from .layers import LAYOUTS, LayerCut, Scene, unsupported
+from .places import Place, image_columns
+from .reducer import check_reduction
+from .rows import Row, assemble, lots_of
+
+KINDS = ("keys", "all_keys", "text", "text_keys")
+_STAGE = "_vtc_decoder"
+_PREPARE = "prepare_inputs_for_generation"
+
+
+class DecoderStage:
+    """Tokens go through the first decoder layers in full and are cut in front of `decoder_layer`, at prefill.
+
+    They keep their positions. The cache holds the full prompt in the first layers and the shorter one in the
+    others; logits and the last hidden state have the prompt's length, where a dropped token repeats the one
+    before it. `output_hidden_states` and `output_attentions` show deeper layers as they are, shortened.
+
+    A method sees one row per image or video, all tiles or frames together: `tokens.x` is the decoder's final
+    norm of what leaves the layer before the cut, (B, N, D), `tokens.layer` and `tokens.depth` count decoder
+    layers. It may need, in `decoder_needs` or else in `needs`, whatever layers are named there, of that same
+    layer, rotated by position:
+
+    "keys"       (B, 1, N, d) mean over heads of keys and values
+    "all_keys"   (B, 1, N, heads * d) those heads side by side
+    "text"       tokens.text (B, T, D) what tokens.x is, of the prompt without its images, padded;
+                 tokens.text_mask (B, T) True for those that are no padding, tokens.text_after (B, T) for
+                 those behind the image, for all where none is
+    "text_keys"  (B, 1, T, heads * d) their keys; padding is zeros
+
+    A method's own number of tokens (`count`) and budgets of score mass are for the features stage.
+    """
+
+    name = "decoder"
+
+    def __init__(self, vision: Vision, method: Method, keep: Keep, decoder_layer: int | float | None = None):
+        self.vision, self.method = vision, method
+        self.decoder_layer = type(method).decoder_layer if decoder_layer is None else decoder_layer
+        self._first = _resolved(self.decoder_layer, vision)
+        if reason := unsupported(vision, self._first):
+            raise ValueError(
+                f"tokens cannot be cut inside of the decoder of {vision.host.name} models: {reason}. "
+                "stage='features' cuts them in front of it"
+            )
+        self.needs = _checked_needs(vision, method, self._first)
+        self.spent = 0.0  # seconds that scoring and reducing took in the last forward
+        self._last: list[Record] = []
+        self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
+        self.sources = _sources(vision)
+        keys = any(kind != "text" for kind in self.needs)
+        self.cut = LayerCut(vision, self._first, self._choose, keys)
+        self.keep = self.check(keep)
+
+    def check(self, keep: Keep) -> Keep:
+        """The budget, or an error that says why it cannot be one here."""
+        if isinstance(keep, str):
+            raise ValueError(f"keep={keep!r} is for stage 'features': give a fraction or a number of tokens")
+        return check_keep(keep)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"keep": self.keep, "decoder_layer": self.decoder_layer}
+
+    @property
+    def last(self) -> list[Record]:
+        """Images, then videos, of the last forward that had any."""
+        return self._last
+
+    def install(self) -> None:
+        base = self.vision.base
+        setattr(base, _STAGE, self)
+        for name, source in self.sources.items():
+            source.original = getattr(base, name).__func__
+            source.was_wrapped = name in vars(base)
+            source.watching = _watching(name, source.original)
+            setattr(base, name, MethodType(source.watching, base))
+        model, self._noting = self.vision.model, None
+        if hasattr(model, _PREPARE) and _PREPARE not in vars(model):
+            self._noting = _noting(getattr(model, _PREPARE).__func__)
+            setattr(model, _PREPARE, MethodType(self._noting, model))
+        self.cut.install()
+
+    def remove(self) -> None:
+        base, model = self.vision.base, self.vision.model
+        delattr(base, _STAGE)
+        for name, source in self.sources.items():
+            if getattr(vars(base).get(name), "__func__", None) is source.watching:  # else wrapped once more
+                delattr(base, name)
+                if source.was_wrapped:
+                    setattr(base, name, MethodType(source.original, base))
+        if self._noting and getattr(vars(model).get(_PREPARE), "__func__", None) is self._noting:
+            delattr(model, _PREPARE)
+        self.cut.remove()
+
+    def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own method returns, which is told how its features lie."""
+        source = self.sources[name]
+        if self._nested.get():  # videos of many families go through the method for images
+            return source.original(base, *args, **kwargs)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError(
+                "a compressed model cannot be exported or traced, because its data decide how many tokens "
+                "each prompt keeps: remove() the compression before, or use torch.compile"
+            )
+        self._nested.set(True)
+        try:
+            output = source.original(base, *args, **kwargs)
+        finally:
+            self._nested.pop()
+        if isinstance(output, tuple):
+            raise ValueError("compressed image features come as an output object: call with return_dict=True")
+        given = inspect.signature(source.original).bind(base, *args, **kwargs).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        layouts = source.layout(self.vision, given, items(output[self.vision.host.features]))
+        setattr(output, LAYOUTS, layouts)
+        self.cut.encoded(source.kind, layouts)
+        return output
+
+    # -- what is called in front of the layer
+
+    def _choose(self, scene: Scene) -> tuple[Tensor, Tensor]:
+        start, hidden = time.perf_counter(), scene.hidden
+        places = [replace(p, layout=p.layout.to(hidden.device)) for p in scene.places]
+        rows = [_row(image, place, self.keep) for image, place in enumerate(places)]
+        groups = defaultdict(list)
+        for row, place in zip(rows, places):
+            groups[row.tile.grid, row.n, row.k].append((row, place))
+        view = None if all(row.k == row.n for row in rows) else _View(self, scene, places)
+        merged = [self._reduce_group(group, scene, view) for group in groups.values()]
+        dropped, self._last, changes = torch.zeros_like(scene.real), [], []
+        for row, place in zip(rows, places):
+            prompts = torch.arange(place.row, place.row + place.copies, device=hidden.device)[:, None]
+            marked, record = assemble(hidden[place.row, place.columns], place.layout, [row])
+            stay = place.columns[record.index]
+            dropped[prompts, place.columns] = True
+            dropped[prompts, stay] = False
+            record.entering = {"features": row.n, "decoder": len(record.source), self._where: len(stay)}
+            self._last.append(record)
+            changes.append((prompts, stay, marked[record.index]))
+        if any(merged):
+            hidden = hidden.clone()
+            for prompts, stay, new in changes:
+                hidden[prompts, stay] = new
+        self.spent = time.perf_counter() - start
+        return hidden, dropped
+
+    def _reduce_group(self, group: list[tuple[Row, Place]], scene: Scene, view: _View | None) -> bool:
+        """Rows of one grid and one budget: the method sees them as one batch. Whether it merged any."""
+        row, _ = group[0]
+        x = torch.stack([scene.hidden[place.row, place.columns[own.tile.slots]] for own, place in group])
+        if row.k == row.n:
+            every = torch.arange(row.n, device=x.device).expand(len(group), row.n)
+            reduction = Reduction.select(every, row.n)
+        else:
+            # Scores are what they are, whatever precision the model's own products have.
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                tokens = view.tokens(group)
+                reduction = self.method.reduce(tokens, row.k)
+            check_reduction(self.method.name, reduction, tokens, row.k)
+            reduction = reduction.ascending()
+        new = reduction.apply(x)  # (R, k, D)
+        for i, (own, _) in enumerate(group):
+            own.index, own.source, own.new = reduction.index[i], reduction.source[i], new[i]
+        return not reduction.pruned
+
+    @property
+    def _where(self) -> str:
+        return f"layer {self._first}"
+
+
+class _View:
+    """A prompt in front of the layer as methods see it."""
+
+    def __init__(self, stage: DecoderStage, scene: Scene, places: list[Place]):
+        decoder = stage.vision.decoder
+        with torch.no_grad():
+            self.x = decoder.norm(scene.hidden.detach())  # (B, L, D)
+        self.keys, self.needs = scene.keys, stage.needs
+        self.layer, self.depth = stage._first, len(decoder.layers)
+        self.text = scene.real & ~image_columns(places, scene.real)  # (B, L)
+
+    def tokens(self, group: list[tuple[Row, Place]]) -> Tokens:
+        rows, places = zip(*group)
+        device = self.x.device
+        where = [place.columns[row.tile.slots] for row, place in group]  # (n,) each
+        return Tokens(
+            torch.stack([self.x[place.row, own] for place, own in zip(places, where)]),  # (R, n, D)
+            grid=rows[0].tile.grid,
+            group=torch.tensor([row.image for row in rows], device=device),
+            lot=torch.stack([row.lot for row in rows]).to(device),
+            thumbnail=torch.tensor([row.tile.thumbnail for row in rows], device=device),
+            layer=self.layer,
+            depth=self.depth,
+            extras={**self._keys(places, where), **self._text(places)},
+        )
+
+    def _keys(self, places: tuple[Place, ...], where: list[Tensor]) -> dict[str, Tensor]:
+        if not {"keys", "all_keys"} & self.needs:
+            return {}
+        keys = torch.stack([self.keys[p.row, own] for p, own in zip(places, where)])[:, None]
+        found = {"keys": keys.mean(dim=3), "all_keys": keys.flatten(3)}  # keys (R, 1, n, heads, d)
+        return {kind: found[kind] for kind in found.keys() & self.needs}
+
+    def _text(self, places: tuple[Place, ...]) -> dict[str, Tensor]:
+        found = {}
+        where = [self.text[place.row].nonzero()[:, 0] for place in places]  # (T,) each
+        if "text" in self.needs:
+            after = [own > place.columns[-1] for own, place in zip(where, places)]
+            found["text"] = _padded([self.x[place.row, own] for place, own in zip(places, where)])
+            found["text_mask"] = _padded([torch.ones_like(own) for own in after])
+            found["text_after"] = _padded([own if bool(own.any()) else ~own for own in after])
+        if "text_keys" in self.needs:
+            keys = [self.keys[place.row, own].flatten(1) for place, own in zip(places, where)]
+            found["text_keys"] = _padded(keys)[:, None]  # (R, 1, T, heads * d)
+        return found
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # with zeros
+
+
+def _row(image: int, place: Place, keep: Keep) -> Row:
+    """All tiles of an image compete in one row; several have no common grid."""
+    layout, (tile, *others) = place.layout, place.layout.tiles
+    if others:
+        tile = Tile(torch.cat([own.slots for own in layout.tiles]), (1, layout.n))
+    return Row(image, lots_of(layout.pixels[None])[0], tile, None, count_kept(keep, layout.n))
+
+
+# -- what is checked at compress()
+
+
+def _resolved(layer: Any, vision: Vision) -> int:
+    """The number of a decoder layer. Raises ValueError unless there is one in front of it."""
+    depth = len(getattr(vision.decoder, "layers", ()))
+    number = isinstance(layer, (int, float)) and not isinstance(layer, bool)
+    first = int(layer * depth + 1e-6) if isinstance(layer, float) else layer
+    if not number or not 0 < first < depth:
+        raise ValueError(
+            f"decoder_layer={layer!r} is no place to cut tokens: give the number of a layer from 1 to "
+            f"{depth - 1}, or a fraction of the depth"
+        )
+    return first
+
+
+def _checked_needs(vision: Vision, method: Method, layer: int) -> set[str]:
+    """The kinds that the method needs here. Raises ValueError for one that does not exist."""
+    own = getattr(method, "decoder_needs", None)
+    needs: tuple[Need, ...] = method.needs if own is None else own
+    unknown = sorted({need.kind for need in needs if need.kind not in KINDS or need.view != "own"})
+    if unknown or method.lowers_resolution:
+        what = ", ".join(unknown) or "a picture of lower resolution"
+        raise ValueError(
+            f"method '{method.name}' needs {what}, which does not exist inside of a decoder: use "
+            "stage='features', or a method that needs nothing but features"
+        )
+    kinds = {need.kind for need in needs}
+    if kinds - {"text"} and (reason := refusal(vision.decoder.layers[layer - 1].self_attn)):
+        raise ValueError(f"method '{method.name}' needs keys of decoder layer {layer - 1}: {reason}")
+    return kinds
+
+
+# -- the model's methods that make features
+
+
+@dataclass
+class _Source:
+    kind: str
+    layout: LayoutFunction
+    original: Any = None
+    watching: Any = None
+    was_wrapped: bool = False
+
+
+def _sources(vision: Vision) -> dict[str, _Source]:
+    layouts = {"image": vision.host.layout, "video": vision.host.video}
+    return {f"get_{kind}_features": _Source(kind, layout) for kind, layout in layouts.items() if layout}
+
+
+def _watching(name: str, original: Any) -> Any:
+    """The instance's own method. It finds its stage on the model, as a deep copy must."""
+
+    @functools.wraps(original)  # generate() reads the signature
+    def get_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stage = getattr(base, _STAGE, None)
+        return stage.features(name, base, *args, **kwargs) if stage else original(base, *args, **kwargs)
+
+    return get_features
+
+
+def _noting(original: Any) -> Any:
+    """The model's own prepare_inputs_for_generation; the stage of the model is told the mask."""
+
+    @functools.wraps(original)
+    def prepare_inputs_for_generation(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inputs = original(model, *args, **kwargs)
+        if stage := getattr(features_owner(model), _STAGE, None):
+            stage.cut.note_mask(kwargs.get("attention_mask"), inputs)
+        return inputs
+
+    return prepare_inputs_for_generation

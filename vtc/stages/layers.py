@@ -1,0 +1,410 @@
+"""Taking tokens out in front of one decoder layer, and giving the decoder's output back at full length.
+
+The first layers see the whole prompt. In front of the one where tokens are cut, hidden states are gathered,
+and from there on each layer is given positions, rotations and masks of the tokens that are left; what the
+model's own loop over its layers hands on is for the full prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hosts import Vision
+from ..hosts.host import Layout
+from ..taps import Call, Tap
+from ..threads import ByThread
+from ..tokens import gather
+from .blocks import BlockMasks
+from .cache import kept_at_the_end, remember, remembered, state_of
+from .places import Place, find_places
+from .plan import PER_TOKEN, Plan, mask2d, routed, take, valid_tokens
+from .uneven import Uneven, attach, deeper_mask, mark_fitted, shrink_deeper, uneven
+
+_GATHERED = {"position_ids", "position_embeddings"} | PER_TOKEN
+
+
+@dataclass
+class Scene:
+    """What can be known of a prompt in front of the layer where tokens are cut.
+
+    hidden  (B, L, D) what leaves the layer before
+    keys    (B, L, heads, d) of that layer, rotated; None where nobody asked for them
+    real    (B, L) False for padding
+    places  where its images are
+    """
+
+    hidden: Tensor
+    keys: Tensor | None
+    real: Tensor
+    places: list[Place]
+
+
+# Gives hidden states, of which merged ones are new, and which tokens are dropped: (B, L, D), (B, L).
+Choose = Callable[[Scene], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Call:
+    """One call of the base model, between its hooks."""
+
+    ids: Tensor | None
+    vision: bool
+    mask: Tensor | None  # (B, any) over the conversation
+    foreign_mask: bool  # the model was given a mask of another form
+    known_mask: bool  # and `mask` is what it was made of
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)  # of "image" and "video"
+    past: int = 0  # positions in the cache before
+    real: Tensor | None = None  # (B, L), set when the decoder is entered
+    places: list[Place] = field(default_factory=list)
+    keys: Tensor | None = None
+    dropped: Tensor | None = None  # (B, L)
+    plan: Plan | None = None
+    state: Uneven | None = None  # what the cache will remember
+    mask4d: Any = None  # of the deeper layers
+    uneven: bool = False  # deeper layers need what is theirs
+
+
+class LayerCut:
+    """The hooks on the base model, its decoder and the layers from number `layer` on."""
+
+    def __init__(self, vision: Vision, layer: int, choose: Choose, wants_keys: bool):
+        self.vision, self.base, self.decoder, self.layer = vision, vision.base, vision.decoder, layer
+        self.choose = choose
+        self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
+        self._inputs = [n for n in self._parameters if n.startswith(("pixel_values", "image_patches"))]
+        self._names = list(inspect.signature(type(self._layers[0]).forward).parameters)[1:]
+        attention = self._layers[layer - 1].self_attn
+        self._tap = Tap(attention, self._wanted, self._see) if wants_keys else None
+        self._calls: ByThread[_Call] = ByThread()
+        self._noted: ByThread[tuple[Tensor | None]] = ByThread()
+        self._hooks: list[Any] = []
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    def install(self) -> None:
+        hook = self._enter_layer
+        self._hooks = [
+            self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            *(x.register_forward_pre_hook(hook, with_kwargs=True) for x in self._layers[self.layer :]),
+            self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
+            self.base.register_forward_hook(self._leave_base, always_call=True),
+        ]
+        if self._tap:
+            self._tap.install()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._calls.clear()
+        self._noted.clear()
+        if self._tap:
+            self._tap.remove()
+
+    def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
+        """generate() makes masks of four dimensions of the caller's mask (B, any) for static caches, in which
+        padding of the past can no longer be read: this is what it makes the next step's of."""
+        x = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if x is not None and x.shape[1] > 1:  # a token that is generated is no padding
+            self._noted.set((mask2d(mask),))
+
+    def encoded(self, kind: str, layouts: list[Layout]) -> None:
+        """The model made features of images or videos in its forward."""
+        if call := self._calls.get():
+            call.layouts[kind] = [*call.layouts.get(kind, ()), *layouts]
+
+    # -- the base model: what came in
+
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel runs copies whose image features the first of them would make: train "
+                "with DistributedDataParallel (torchrun or accelerate launch), or show one GPU only"
+            )
+        given = {**dict(zip(self._parameters, args)), **kwargs}
+        ready = {
+            kind: out for kind, out in (given.get("mm_encoder_outputs") or {}).items() if out is not None
+        }
+        mask, noted = given.get("attention_mask"), self._noted.pop()
+        foreign = mask is not None and mask2d(mask) is None
+        self._calls.set(
+            _Call(
+                ids=given.get("input_ids"),
+                vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
+                mask=noted[0] if foreign and noted else mask2d(mask),
+                foreign_mask=foreign,
+                known_mask=not foreign or noted is not None,
+                layouts={kind: getattr(out, LAYOUTS, None) for kind, out in ready.items()},
+            )
+        )
+
+    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._calls.pop()
+
+    # -- the decoder
+
+    def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call, x, cache = self._calls.get(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if call is None or x is None:
+            return
+        if call.real is not None:  # an exception ended that call, and the decoder is run by itself
+            self._calls.pop()
+            return
+        self._check(call, cache)
+        call.past = 0 if cache is None else int(cache.get_query_offset())
+        if call.mask is not None:
+            call.mask = call.mask.to(x.device)
+        call.real = valid_tokens(kwargs.get("attention_mask"), call.mask, call.past, x)
+        call.uneven = uneven(cache) is not None
+        mark_fitted(cache, True)
+        if not call.vision:
+            return
+        if call.ids is None:
+            raise ValueError(
+                "stage 'decoder' reads off input_ids which tokens are of an image: give them in place of "
+                "inputs_embeds, or compress at stage 'features'"
+            )
+        call.places = find_places(call.ids.to(x.device), call.layouts, self.vision.model.config)
+        if self._tap:
+            self._tap.follow()
+
+    def _check(self, call: _Call, cache: Any) -> None:
+        """Raises for what would go wrong without a word."""
+        if call.vision and (not call.layouts or None in call.layouts.values()):
+            raise RuntimeError(
+                "nothing was compressed: features of images did not come from this model as it is compressed "
+                "now, or in pieces; leave out prefill_chunk_size, and pass pixel_values, or features encoded "
+                "after compress()"
+            )
+        own = call.foreign_mask and not getattr(cache, "is_compileable", False)
+        if own and (call.vision or uneven(cache) is not None):
+            raise ValueError(
+                "an attention mask of more than two dimensions cannot be shortened: give one of two "
+                "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
+            )
+        state = uneven(cache)
+        if (state is not None and state.layer != self.layer) or state_of(cache) is not None:
+            raise ValueError(
+                "this cache was shortened by another compression: go on from it with a model that is "
+                "compressed in the same way, or start again from the prompt"
+            )
+        if call.vision or state is not None:
+            implementation = self.decoder.config._attn_implementation or "eager"
+            if reason := unknown_attention(implementation):
+                raise ValueError(reason)
+
+    # -- the layers
+
+    def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        call = self._calls.get()
+        if call is None or call.real is None or not (call.places or call.uneven):
+            return None
+        hidden, given = self._arguments(args, kwargs)
+        if module is self._layers[self.layer]:
+            hidden = self._begin(call, hidden, given)
+        if not call.uneven:
+            return None
+        given = {**given, "attention_mask": call.mask4d}
+        if call.plan is not None:
+            for name in _GATHERED & given.keys():
+                given[name] = _cut(given[name], call.plan.index, name)
+        return (hidden,), given
+
+    def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
+        given = {**dict(zip(self._names, args)), **kwargs}
+        return given.pop(self._names[0]), given
+
+    @torch.compiler.disable
+    def _begin(self, call: _Call, hidden: Tensor, given: dict) -> Tensor:
+        """Cuts tokens out where there are images, and makes the mask of the deeper layers."""
+        cache, keep = given.get("past_key_values"), None
+        if call.places:
+            scene = Scene(hidden, call.keys, call.real, call.places)
+            hidden, call.dropped = self.choose(scene)
+            keep = call.real & ~call.dropped
+            call.keys = None
+        state = uneven(cache)
+        past = 0 if cache is None else int(cache.get_query_offset(self.layer))
+        new, before = call.real, call.mask
+        if call.mask is not None:
+            before = call.mask[:, : call.mask.shape[1] - len(new[0])]
+        if keep is not None and bool(call.dropped.any()):
+            self._refuse(call, given, hidden.shape[1], past)
+            plan = call.plan = Plan.of(keep, pad_left=bool(new[:, -1].all()))
+            fewer = new.shape[1] - plan.k
+            shrunk = shrink_deeper(cache, self.layer, by=fewer)
+            hidden = gather(hidden, plan.index).masked_fill(~plan.real[..., None], 0)  # (B, K, D)
+            mask = deeper_mask(state, past, before, plan.real, padded=not bool(plan.real.all()))
+            if state is not None:
+                fewer, shrunk = fewer + state.fewer, shrunk + state.shrunk
+            fixed = call.past + new.shape[1] - kept_at_the_end(keep)
+            call.state = Uneven(self.layer, fewer, past + plan.k, mask, shrunk, fixed)
+            call.uneven = True
+        elif call.uneven:
+            mask = deeper_mask(state, past, before, new, padded=False)
+        if call.uneven:
+            call.mask4d = self._mask4d(hidden, mask, cache)
+        return hidden
+
+    def _mask4d(self, hidden: Tensor, mask: Tensor | None, cache: Any) -> Any:
+        from transformers.masking_utils import create_causal_mask
+
+        return create_causal_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=cache,
+            layer_idx=self.layer,
+        )
+
+    def _refuse(self, call: _Call, given: dict, length: int, past: int) -> None:
+        if past and not call.known_mask:
+            raise ValueError(
+                "which tokens of this static cache are padding is not known, because generate() of a wrapper "
+                "was called: use the model's own, or a dynamic cache"
+            )
+        positions = given.get("position_ids")
+        packed = call.mask is None and given.get("past_key_values") is None and positions is not None
+        if packed and positions.dim() == 2 and bool((positions.diff() < 0).any()):
+            raise ValueError(
+                "several prompts packed into one row cannot be compressed: give each its own row, padded"
+            )
+        for name, value in given.items():
+            unknown = name not in _GATHERED | {"attention_mask"} and isinstance(value, Tensor)
+            if unknown and length in value.shape:
+                raise ValueError(
+                    f"the decoder layers of {self.vision.host.name} are given '{name}' of shape "
+                    f"{tuple(value.shape)}, one entry per token, which vtc cannot shorten: compress at stage "
+                    "'features'"
+                )
+
+    def _wanted(self) -> bool:
+        call = self._calls.get()
+        return call is not None and bool(call.places)
+
+    def _see(self, call: Call) -> None:
+        """Keys of the new tokens, in the layer in front of the cut."""
+        own = self._calls.get()
+        length = own.real.shape[1]
+        keys = call.key[:, :, own.past : own.past + length]  # a static cache has room behind them
+        own.keys = keys.detach().transpose(1, 2)  # (B, L, heads, d)
+
+    def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call, cache = self._calls.get(), kwargs.get("past_key_values")
+        mark_fitted(cache, False)
+        if call is None or call.real is None:
+            return None
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if call.plan is None:
+            remember(cache, output[0])
+            return None
+        hidden, source = output[0], call.plan.source
+        full = gather(hidden, source.to(hidden.device))  # (B, L, D)
+        before = remembered(cache) if call.past else None
+        if before is not None and len(before) == len(full):
+            full = torch.where(call.plan.headless[..., None].to(full.device), before.to(full.device), full)
+        if cache is not None:
+            attach(cache, call.state)
+            remember(cache, full)
+        if isinstance(output, tuple):
+            return (full, *output[1:])
+        output.last_hidden_state = full
+        if (routes := getattr(output, "router_logits", None)) is not None:  # losses mask them by the prompt
+            short = len(source) * call.plan.k
+            output.router_logits = tuple(routed(r, source) if len(r) == short else r for r in routes)
+        return output
+
+
+LAYOUTS = "_vtc_layouts"  # on what get_image_features returned: how its features lie
+
+
+def _cut(value: Any, index: Tensor, name: str) -> Any:
+    """What there is one of for each token of the prompt, for those at index (B, K)."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(part, index, name) for part in value)
+    index = index.to(value.device)
+    if name == "position_ids":
+        return take(value, index)  # (..., B or 1, L)
+    if name == "position_embeddings":  # (..., B or 1, L, d)
+        value = value.expand(*value.shape[:-3], len(index), *value.shape[-2:])
+        wide = index[..., None].expand(*value.shape[:-3], *index.shape, value.shape[-1])
+        return value.gather(-2, wide)
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return value.expand(len(index), *value.shape[1:])[rows, index]
+
+
+# -- which models this works on
+
+
+def unsupported(vision: Vision, layer: int) -> str | None:
+    """Why tokens cannot be cut in front of that decoder layer of a model, or None where they can."""
+    host, decoder, config = vision.host, vision.decoder, vision.decoder.config
+    if host.memory or host.reader:
+        return "its decoder has no images in its prompt"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
+        kinds = {"sliding_attention"}
+    if kinds:
+        return f"its decoder has layers of {', '.join(sorted(kinds))}, and not of full attention alone"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers of its decoder share keys, which must then be of the same tokens"
+    if BlockMasks.of(vision).build is not None:
+        return "tokens of an image see each other in its decoder"
+    if not _is_built_alike(decoder):
+        return f"{type(decoder).__name__} is not built as vtc knows it"
+    if reason := unknown_attention(config._attn_implementation or "eager"):
+        return reason
+    deep = _deep_layers(vision)
+    if deep is None:
+        return "its early decoder layers are given features of images"
+    if layer < deep:
+        return (
+            f"its first {deep} decoder layers are given features of images: decoder_layer={deep} is the first"
+        )
+    return None
+
+
+def unknown_attention(implementation: str) -> str | None:
+    """Other kernels read borders of prompts off positions with gaps, or take masks of their own."""
+    if implementation.removeprefix("vtc|") in ("sdpa", "eager"):
+        return None
+    return (
+        f"stage 'decoder' does not work with {implementation}: load the model with attn_implementation='sdpa'"
+    )
+
+
+def _is_built_alike(decoder: nn.Module) -> bool:
+    from transformers import masking_utils
+
+    family = sys.modules[type(decoder).__module__]
+    layers, needed = getattr(decoder, "layers", None), {"attention_mask", "past_key_values"}
+    return (
+        getattr(family, "create_causal_mask", None) is masking_utils.create_causal_mask
+        and isinstance(layers, nn.ModuleList)
+        and all(needed <= inspect.signature(type(layer).forward).parameters.keys() for layer in layers)
+        and all(isinstance(getattr(layer, "self_attn", None), nn.Module) for layer in layers)
+        and isinstance(getattr(decoder, "norm", None), nn.Module)
+    )
+
+
+def _deep_layers(vision: Vision) -> int | None:
+    """How many of the first layers are given features of images beside the prompt; None: nobody says."""
+    if vision.host.features == "deepstack_features":
+        return None
+    if vision.host.deep is None:
+        return 0
+    configs = (vision.encoder.tower.config, getattr(vision.base.config, "vision_config", None))
+    indices = (getattr(config, "deepstack_visual_indexes", None) for config in configs)
+    return next((len(own) for own in indices if own is not None), None)

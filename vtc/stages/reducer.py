@@ -1,0 +1,133 @@
+"""Runs a method over the rows of one call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..tokens import COMBINE, Reduction, Tokens, fraction_of_scores
+from .budgets import count_own, groups, spend
+from .rows import Row
+
+if TYPE_CHECKING:
+    from .features import FeaturesStage, Recorded
+
+
+class Reducer:
+    """What the features stage does with the features of one call, for each image (n, D and more): the method
+    sees their first `width` columns, all are reduced."""
+
+    def __init__(
+        self, stage: FeaturesStage, features: tuple[Tensor, ...], width: int, recorded: Recorded | None
+    ):
+        self.stage, self.method = stage, stage.method
+        self.features, self.width, self.recorded = features, width, recorded
+
+    def choose(self, rows: list[Row]) -> None:
+        """Lowers the budgets of the rows to what this picture needs, where that is asked for."""
+        with torch.no_grad():
+            p = fraction_of_scores(self.stage.keep)
+            if p is not None:
+                spend(p, self.method, rows, self._tokens)
+            else:
+                count_own(self.method, rows, self._tokens)
+
+    def reduce(self, rows: list[Row]) -> None:
+        for group in groups([row for row in rows if row.k]):
+            self._reduce(group)
+
+    def _reduce(self, group: list[Row]) -> None:
+        """Rows of one grid and one budget: the method sees them as one batch."""
+        x, k = self._stack(group), group[0].k  # (R, n, D and more)
+        if k == group[0].n:
+            every = torch.arange(k, device=x.device).expand(len(group), k)
+            reduction, new = Reduction.select(every, k), x
+        else:
+            tokens = self._tokens(group)
+            # Scores are what they are, whatever precision the model's own products have.
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                reduction = self.method.reduce(tokens, k)
+                check_reduction(self.method.name, reduction, tokens, k)
+                projected = not reduction.pruned and self._in_front
+                if self.stage.merge:
+                    features = replace(tokens, x=x[..., : self.width].detach())
+                    reduction = self.stage.merge.extend(features, reduction.ascending())
+            if not (reduction.ordered and self.stage.positions == "repack"):
+                reduction = reduction.ascending()
+            new = reduction.apply(x)  # (R, k, D and more)
+            if projected:
+                merged = self.stage.projection.project(reduction.apply(self._vision(group)))
+                new = torch.cat([merged.to(new.dtype), new[..., self.width :]], dim=-1)
+            reduction = reduction.ascending()
+        for i, row in enumerate(group):
+            row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
+
+    def _tokens(self, group: list[Row]) -> Tokens:
+        x = self._vision(group) if self._in_front else self._stack(group)[..., : self.width]
+        x = x.detach()
+        tokens = Tokens(
+            x,
+            grid=group[0].tile.grid,
+            group=torch.tensor([row.image for row in group], device=x.device),
+            lot=torch.stack([row.lot for row in group]).to(x.device),
+            thumbnail=torch.tensor([row.tile.thumbnail for row in group], device=x.device),
+        )
+        for name in group[0].extras:
+            tokens.extras[name] = torch.stack([row.extras[name] for row in group]).to(x.device).detach()
+        if self.recorded and self.recorded.texts is not None:
+            tokens.extras |= _texts([self.recorded.texts[row.image] for row in group], x.device)
+        if self.stage.resolution:
+            patches = torch.stack([row.patches for row in group])  # (R, n, m)
+            tokens.extras["cell"] = self.stage.resolution.cells(patches[..., 0])
+        return tokens
+
+    def _stack(self, group: list[Row]) -> Tensor:
+        return torch.stack([self.features[row.image][row.tile.slots] for row in group])
+
+    def _vision(self, group: list[Row]) -> Tensor:
+        """What the projector was given: (R, n, D')."""
+        return torch.stack([row.extras["vision"] for row in group])
+
+    @property
+    def _in_front(self) -> bool:
+        """Whether tokens are reduced in front of the projector."""
+        return self.method.before_projector and self.recorded is not None and self.recorded.single
+
+
+def _texts(texts: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """The prompts of a few rows, (T, D) and (T,) each, as one batch."""
+    text = pad_sequence([text.to(device) for text, _ in texts], batch_first=True)  # (R, T, D)
+    lengths = torch.tensor([len(text) for text, _ in texts], device=device)
+    mask = torch.arange(text.shape[1], device=device) < lengths[:, None]
+    after = pad_sequence([after.to(device) for _, after in texts], batch_first=True)  # False where padded
+    return {"text": text, "text_mask": mask, "text_after": after}
+
+
+def check_reduction(name: str, reduction: Any, tokens: Tokens, k: int, contents: bool = True) -> None:
+    """Raises RuntimeError unless a method has put every token of each row into one of k slots or none, with
+    k different places in their own slots. Without `contents`, what takes no look into tensors."""
+    rows, n = tokens.x.shape[:2]
+    wrong = None
+    if not isinstance(reduction, Reduction):
+        wrong = f"{type(reduction).__name__} where a Reduction was due"
+    elif reduction.index.shape != (rows, k) or reduction.source.shape != (rows, n):
+        shapes = tuple(reduction.index.shape), tuple(reduction.source.shape)
+        wrong = f"index and source of shapes {shapes} where {(rows, k)} and {(rows, n)} were due"
+    elif reduction.combine not in COMBINE:
+        wrong = f"combine={reduction.combine!r}, which is none of {', '.join(COMBINE)}"
+    elif reduction.mix is not None and reduction.mix.shape != (rows, k, n):
+        wrong = f"mix of shape {tuple(reduction.mix.shape)} where {(rows, k, n)} was due"
+    elif contents:
+        index, source = reduction.index, reduction.source
+        slots = torch.arange(k, device=index.device)
+        fine = not rows or (int(index.min()) >= 0 and int(index.max()) < n)
+        fine = fine and bool((index.sort(dim=1).values.diff(dim=1) > 0).all())
+        fine = fine and bool((source.gather(1, index) == slots).all())
+        if not fine or bool(((source < -1) | (source >= k)).any()):
+            wrong = f"no {k} different places of {n} that are each in their own slot"
+    if wrong:
+        raise RuntimeError(f"method '{name}' returned {wrong}: mend its reduce()")
