@@ -11,6 +11,8 @@ Run from the repository's root:
     python eval/overhead.py --clock cpu --threads 1          # on a machine that others use too
     python eval/overhead.py --table                          # the rows as Markdown
     python eval/overhead.py --readme README.md               # fills its part <!-- overhead:begin -->
+    python eval/overhead.py --selection                      # each method by itself, see eval/selection.py
+    python eval/overhead.py --selection --readme README.md   # fills its part <!-- selection:begin -->
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Geometry:
 
     @classmethod
     def of(cls, name: str, entry: dict[str, Any], tiny: bool) -> Geometry:
-        entry = _merged(entry, entry["tiny"]) if tiny else entry
+        entry = merged(entry, entry["tiny"]) if tiny else entry
         name, says = (f"{name} tiny", f"{entry['says']}, scaled down") if tiny else (name, entry["says"])
         return cls(name, says, entry["config"], entry["pixels"], entry.get("grid"))
 
@@ -242,14 +244,21 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def servable(geometry: Geometry, methods: Sequence[str]) -> list[str]:
-    """The methods that this host can serve at the features stage; asked of a model without weights."""
+def servable(geometry: Geometry, methods: Sequence[str], stage: str | None = None) -> list[str]:
+    """The methods that this host can serve at the features stage; asked of a model without weights.
+
+    stage  "features": also those that run elsewhere where nobody says, or that read the prompt, which tower
+           and projector alone have not
+    """
     model, found = geometry.build(torch.float32, "meta"), []
     for method in methods:
-        stage = vtc.get_method(method).stages[0]
+        rule = vtc.get_method(method)
+        own = stage or rule.stages[0]
         try:
-            if stage != "features":
-                raise ValueError(f"it runs at {stage}, where the prompt does not enter the decoder shortened")
+            if stage is None and any(need.kind == "text" for need in rule.needs):
+                raise ValueError("it reads the prompt: --selection measures it")
+            if own != "features":
+                raise ValueError(f"it runs at {own}, where the prompt does not enter the decoder shortened")
             vtc.compress(model, method, keep=0.5, stage="features").remove()
         except ValueError as error:
             print(f"{geometry.name}: no {method}: {error}")
@@ -355,23 +364,24 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{middle} ({low}-{high})"
 
 
-def _merged(entry: Any, changes: Any) -> Any:
+def merged(entry: Any, changes: Any) -> Any:
     """`entry` with the leaves of `changes` in their places."""
     if not isinstance(entry, dict) or not isinstance(changes, dict):
         return changes
-    return {**entry, **{key: _merged(entry.get(key), value) for key, value in changes.items()}}
+    return {**entry, **{key: merged(entry.get(key), value) for key, value in changes.items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     config = json.loads(CONFIG.read_text())
+    alone = config["selection"]
     geometries, methods = list(config["geometries"]), vtc.list_methods("features")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", nargs="+", choices=geometries, default=geometries)
+    parser.add_argument("--geometry", nargs="+", choices=[*geometries, *alone["batches"]])
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--keeps", nargs="+", type=float, default=config["keeps"])
-    parser.add_argument("--repeats", type=int, default=config["repeats"])
+    parser.add_argument("--repeats", type=int)
     parser.add_argument("--dtype", default="bfloat16", help="default: bfloat16, what checkpoints come in")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -381,24 +391,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="wall",
         help="cpu: time spent waiting for other processes is not counted",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / config["output"])
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="models scaled down to run in seconds")
+    parser.add_argument(
+        "--selection", action="store_true", help="what each method costs beside the tower, without an LLM"
+    )
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown and measure nothing")
     parser.add_argument(
-        "--readme", type=Path, help="fill this file's part 'overhead' from the rows and measure nothing"
+        "--readme", type=Path, help="fill this file's part of that name from the rows and measure nothing"
     )
     options = parser.parse_args(arguments)
+    part, kind, show, measured = "overhead", config, tables, run
+    if options.selection:
+        import selection  # which imports this file
+
+        part, kind, show, measured = "selection", alone, selection.tables, selection.run_all
+    options.out = options.out or ROOT / kind["output"]
+    options.repeats = options.repeats or kind["repeats"]
     if options.table:
-        print(tables(read_rows(options.out)[0]))
+        print(show(read_rows(options.out)[0]))
     if options.readme:
-        fill_parts(options.readme, {"overhead": lambda: tables(read_rows(options.out)[0])})
+        fill_parts(options.readme, {part: lambda: show(read_rows(options.out)[0])})
     if options.table or options.readme:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
-    chosen = [Geometry.of(name, config["geometries"][name], options.tiny) for name in options.geometry]
+    known = list(alone["batches"] if options.selection else geometries)
+    names = options.geometry or known
+    if foreign := sorted(set(names) - set(known)):
+        how = "with" if options.selection else "without"
+        parser.error(f"{how} --selection there are {', '.join(known)}, and no {', '.join(foreign)}")
+    if options.selection:
+        chosen = [selection.Batch.of(name, config, options.tiny) for name in names]
+    else:
+        chosen = [Geometry.of(name, config["geometries"][name], options.tiny) for name in names]
     command = shlex.join(["python", "eval/overhead.py", *(sys.argv[1:] if arguments is None else arguments)])
-    run(chosen, options, command)
+    measured(chosen, options, command)
 
 
 if __name__ == "__main__":

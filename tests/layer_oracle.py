@@ -64,7 +64,8 @@ def greedy(
         last[:, SUPPRESS] = -torch.inf
         tokens.append(last.argmax(dim=-1, keepdim=True))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[-1]], dim=1)
-        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        kinds = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+        for name, fill in [("attention_mask", 1), *((kind, 0) for kind in kinds)]:
             if name in inputs:
                 inputs[name] = torch.cat([inputs[name], torch.full_like(tokens[-1], fill)], dim=1)
         dropped = torch.cat([dropped, torch.zeros_like(tokens[-1], dtype=torch.bool)], dim=1)

@@ -91,10 +91,14 @@ def test_sweep_and_report_on_ones_own_questions(run, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     beside = ["uniform", "random", "downsample"]  # the baselines come by themselves
     assert [row["method"] for row in rows] == ["full", "blind", *beside, *beside]
-    assert run("report", "r.jsonl", "--pictures", "1")[:2] == (0, "vtc-report/index.html\n")
+    code, out, _ = run("report", "r.jsonl", "--pictures", "1")
+    told, page = out.splitlines()[:-1], out.splitlines()[-1]
+    assert (code, page) == (0, "vtc-report/index.html")
+    assert [line.split(" (random ")[0] for line in told] == ["50 %, 72 tokens", "8 tokens"]
     assert "data:image/webp" in (tmp_path / "vtc-report" / "index.html").read_text()
     (tmp_path / "README.md").write_text("<!-- results:begin --><!-- results:end -->")
-    assert run("report", "r.jsonl", "--readme", "README.md")[:2] == (0, "README.md: results\n")
+    code, out, _ = run("report", "r.jsonl", "--readme", "README.md")
+    assert code == 0 and out.splitlines()[-1] == "README.md: results"
     assert "| uniform |" in (tmp_path / "README.md").read_text()
 
 
@@ -109,6 +113,7 @@ def test_sweep_and_report_on_ones_own_questions(run, tmp_path):
         (["draw", "scene.png", "-o", "missing/folder.png"], "missing/folder.png: no such file"),
         (["profile", "scene.png", "--model", "./missing"], "no folder './missing'"),
         (["sweep", "--tasks", "quiz"], "no task 'quiz'"),
+        (["sweep", "--keeps", "mean:0"], "keep='mean:0' is no budget"),
         (["report", "missing.jsonl"], "missing.jsonl: no such file"),
     ],
 )

@@ -18,6 +18,7 @@ from vtc.methods.dart import DART
 STEPS = 4
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "suppress_tokens": SUPPRESS}
 MIXED = {"images": (2, 1, 0), "pads": 2}
+ALONE = DART(pivot_text_token=0)  # goes by the image alone, whatever is asked behind it
 # what stage='decoder' refuses, by a word of the reason; all others must work
 REFUSED = {
     **dict.fromkeys(("paligemma-gemma", "molmo2", "molmo2-video"), "see each other"),
@@ -41,6 +42,16 @@ REFUSED = {
     "granite4_vision": "features of images",
 }
 NAMES = [n for n, tiny in HOSTS.items() if tiny.works and not tiny.memory and n not in REFUSED]
+DECODERS = (
+    "emu3",
+    "deepseek_ocr2",
+    "ernie4_5_vl_moe",
+    "glm4v",
+    "hunyuan_vl",
+    "kimi_k25",
+    "qwen3_vl",
+    "smolvlm",
+)
 FEW = ("llava-clip", "llava_next-clip", "qwen2_5_vl", "internvl", "mistral3")  # for what takes longer
 
 
@@ -80,6 +91,10 @@ def first_layer(handle):
     return stage._first
 
 
+def positions_of(mask):
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
 def forward(model, inputs, **options):
     with torch.no_grad():
         return model(**inputs, **options)
@@ -89,9 +104,9 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def check_generate(model, inputs, **options):
+def check_generate(model, inputs, method=None, **options):
     """Greedy tokens and logits of generate() against the bare model with tokens unseen."""
-    with compressed(model) as handle, watched(handle) as dropped:
+    with compressed(model, method=method) as handle, watched(handle) as dropped:
         out = model.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True, output_logits=True)
     length = inputs["input_ids"].shape[1]
     tokens, logits = greedy(model, inputs, first_layer(handle), dropped[0], STEPS)
@@ -150,10 +165,9 @@ def test_keep_one_is_identity_and_remove_leaves_nothing(host):
     assert torch.equal(forward(model, inputs).logits, logits)
 
 
-def test_generate_equals_the_bare_model_that_does_not_see_dropped_tokens(host, request):
-    model, make_inputs = host
-    if "uncached" in HOSTS[request.node.callspec.params["host"]].lacks:
-        return
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_equals_the_bare_model_that_does_not_see_dropped_tokens(name):
+    model, make_inputs = build(name)
     out, stay = check_generate(model, make_inputs((2, 1), pads=1))
     held = out.past_key_values.layers[len(open_host(model).decoder.layers) - 1].keys.shape[2]
     assert held == int(stay.sum(1).max()) + STEPS - 1
@@ -223,7 +237,8 @@ def test_exact_count_and_records(few):
                 wanted = max(1, int(keep * n + 0.5)) if isinstance(keep, float) else min(keep, n)
                 full = len(record.source) if wanted == n else wanted  # with newline tokens
                 assert len(record.index) == full and (record.index.diff() > 0).all()
-                assert record.entering == {"features": n, "decoder": len(record.source), "layer 2": full}
+                length = len(record.source)
+                assert record.entering == {"features": length, "decoder": length, "layer 2": full}
                 assert torch.equal(record.source[record.index], torch.arange(full))
             gone = [len(record.source) - len(record.index) for record in handle.last]
             assert dropped[-1].sum(1).tolist() == [gone[0] + gone[1], gone[2]]
@@ -241,13 +256,16 @@ def _kept(record):
 
 
 def test_batch_equals_single_runs(few):
+    """With positions as generate() counts them: lengths of keys depend on positions."""
     model, make_inputs = few
     inputs = make_inputs((1, 1))
+    mask = inputs["attention_mask"]
+    more = {} if open_host(model).mrope else {"position_ids": positions_of(mask)}
     with compressed(model) as handle:
-        both, records = forward(model, inputs).logits, handle.last
+        both, records = forward(model, inputs, **more).logits, handle.last
         for row in range(2):
             single = forward(model, make_inputs((1,), first=row)).logits[0]
-            close(both[row, inputs["attention_mask"][row].bool()], single)
+            close(both[row, mask[row].bool()], single)
             assert torch.equal(handle.last[0].index, records[row].index)
             assert torch.equal(handle.last[0].source, records[row].source)
 
@@ -362,7 +380,8 @@ def test_generate_equals_the_oracle(few, batch):
 def test_other_caches_and_loops_equal_the_oracle(few, options):
     model, make_inputs = few
     inputs = make_inputs((1,)) if "prompt_lookup_num_tokens" in options else make_inputs(**MIXED)
-    out, stay = check_generate(model, inputs, **options)
+    method = ALONE if options == {"use_cache": False} else None  # each step asks the method anew
+    out, stay = check_generate(model, inputs, method, **options)
     if "cache_implementation" in options:
         held = [layer.keys.shape[2] for layer in out.past_key_values.layers]
         assert held[1] == stay.shape[1] + STEPS - 1 and held[2] == int(stay.sum(1).max()) + STEPS - 1
@@ -373,16 +392,13 @@ def test_beams_and_sampling_are_the_same_with_any_cache(few):
     inputs = make_inputs(**MIXED)
     for ways in ({"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}):
         results = []
-        with compressed(model) as handle:
+        with compressed(model, method=ALONE) as handle:
             for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
                 torch.manual_seed(3)
                 results.append(model.generate(**inputs, **{**GREEDY, **ways}, **cache))
             assert len(handle.last) == 3
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
         assert not torch.equal(results[0], model.generate(**inputs, **{**GREEDY, **ways}))
-
-
-ALONE = DART(pivot_text_token=0)  # goes by the image alone, not by what is asked later
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -434,6 +450,22 @@ def test_chat_goes_on_with_a_new_image(llava, rows):
     assert torch.equal(again, whole)
 
 
+def test_a_turn_that_begins_with_dropped_tokens(llava):
+    """They repeat the last token of the turn before."""
+    model, make_inputs = llava
+    first, second = make_inputs((0,)), make_inputs((1,), seed=5)
+    start = int(second["input_ids"].eq(IMAGE).nonzero()[0, 1])
+    second = {n: x[:, start:] if n in ("input_ids", "attention_mask") else x for n, x in second.items()}
+    with compressed(model, method=ALONE, keep=1) as handle:
+        before = forward(model, first)
+        cache, last = before.past_key_values, before.logits[:, -1]
+        mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+        found = forward(model, {**second, "attention_mask": mask}, past_key_values=cache).logits
+        kept = int(handle.last[0].index[0])
+    assert kept > 0 and torch.equal(found[:, :kept], last[:, None].expand(-1, kept, -1))
+    assert not torch.equal(found[:, kept], last)
+
+
 def test_a_first_turn_without_images(llava):
     model, make_inputs = llava
     first, second = make_inputs((0,)), make_inputs((1,), seed=5)
@@ -447,25 +479,22 @@ def test_a_first_turn_without_images(llava):
 
 def test_a_manual_decoding_loop_works(few):
     model, make_inputs = few
-    inputs = make_inputs((1, 1), pads=1)
+    if open_host(model).mrope:
+        return  # the bare model needs positions of several components for it
+    inputs = make_inputs(**MIXED)
+    mask, tokens = inputs["attention_mask"], []
     with compressed(model):
         expected = model.generate(**inputs, **GREEDY)
-        out, mask, tokens = forward(model, inputs, use_cache=True), inputs["attention_mask"], []
+        out = forward(model, {**inputs, "position_ids": positions_of(mask)}, use_cache=True)
         for _ in range(STEPS):
             last = out.logits[:, -1].clone()
             last[:, SUPPRESS] = -torch.inf
             tokens.append(last.argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-            step = {"input_ids": tokens[-1], "attention_mask": mask}
-            if not open_host(model).mrope:
-                step["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
-            out = forward(model, step, past_key_values=out.past_key_values)
-    if not open_host(model).mrope:  # the bare model counts padding as positions
-        padded = forward(
-            model, {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
-        )
-        assert padded.logits.shape[1] == inputs["input_ids"].shape[1]
-    assert torch.cat(tokens, dim=1).shape == expected[:, -STEPS:].shape
+            step = {"attention_mask": mask, "position_ids": positions_of(mask)[:, -1:]}
+            step["past_key_values"] = out.past_key_values
+            out = forward(model, {**step, "input_ids": tokens[-1]})
+    assert torch.equal(torch.cat(tokens, dim=1), expected[:, -STEPS:])
 
 
 def test_text_only_calls_pass_through(few):
@@ -519,6 +548,22 @@ def test_half_precision_and_gradient_checkpointing(llava):
             gradients.append([p.grad.clone() for p in training.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
         close(one, other)
+
+
+def test_compiled_decoding_over_a_static_cache(llava):
+    from transformers import CompileConfig
+
+    model, make_inputs = llava
+    inputs = make_inputs((2, 1), pads=1)
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True  # transformers compiles on a GPU only, unless it is told to
+    with compressed(model):
+        expected = model.generate(**inputs, **GREEDY)
+        torch._dynamo.utils.counters.clear()
+        found = model.generate(**inputs, **GREEDY, cache_implementation="static", compile_config=config)
+        frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    assert torch.equal(found, expected) and frames >= 1
 
 
 # -- caches
@@ -665,7 +710,7 @@ def test_a_layer_may_be_a_fraction_of_the_depth(llava):
 
 
 def test_early_layers_that_are_given_features_stay_whole():
-    model, make_inputs = build("qwen3_vl")
+    model, _ = build("qwen3_vl")
     deep = len(model.config.vision_config.deepstack_visual_indexes)
     with pytest.raises(ValueError, match=f"decoder_layer={deep} is the first"):
         compressed(model, decoder_layer=deep - 1)

@@ -1,10 +1,12 @@
 """Methods that merge around what they keep, and SliME's selector, against plain loops over their cards."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from tiny import IMAGE, PAD, build
 
 import vtc
 from vtc.tokens import Tokens
@@ -280,41 +282,57 @@ def test_slime_leaves_thumbnails_whole():
     assert vtc.get_method("slime").allocate == "thumbnail"
 
 
+def squares(x, y):
+    """Square distances, what is less than rounding being 0."""
+    square = (x[:, None] - y).square().sum(2)
+    sums = x.square().sum(1)[:, None] + y.square().sum(1)
+    return torch.where(square > 1e-6 * sums, square, 0).tolist()
+
+
+def middle(members, away):
+    """The first of those nearest to the mean, as both of two are."""
+    return next(j for j in members if away[j] <= 1.0001 * min(away[i] for i in members))
+
+
 def kmeans_in_loops(x, k, iterations=10, size=None):
-    """Lloyd's from evenly spaced tokens: members, place and mean of each cluster."""
-    x, n = x.double(), len(x)
-    size = [1.0] * n if size is None else size.tolist()
-
-    def away(j, mean):
-        return float((x[j] - mean).square().sum())
-
-    def middle(members, mean):  # the first of those nearest to the mean, as both of two are
-        least = min(away(j, mean) for j in members)
-        return next(j for j in members if away(j, mean) <= 1.0001 * least)
-
-    means = [x[(2 * i + 1) * n // (2 * k)] for i in range(k)]
+    """Lloyd's from tokens far apart: members and place of each cluster."""
+    x, n = x.double() - x.double().mean(0), len(x)
+    size = torch.ones(n) if size is None else size
+    between, length = squares(x, x), x.square().sum(1).tolist()
+    start = [min(range(n), key=lambda j: length[j])]
+    while len(start) < k:
+        left = [j for j in range(n) if j not in start]
+        start.append(max(left, key=lambda j: min(between[j][i] for i in start)))
+    means = x[start]
     for _ in range(iterations):
-        slot = [min(range(k), key=lambda i: away(j, means[i])) for j in range(n)]
+        away = squares(x, means)
+        slot = [min(range(k), key=lambda i: away[j][i]) for j in range(n)]
         members = [[j for j in range(n) if slot[j] == i] for i in range(k)]
-        stay = [middle(of, mean) for of, mean in zip(members, means) if of]
-        free = sorted(set(range(n)) - set(stay), key=lambda j: (-away(j, means[slot[j]]), j))
+        own = [away[j][slot[j]] for j in range(n)]
+        stay = [middle(of, own) for of in members if of]
+        free = sorted(set(range(n)) - set(stay), key=lambda j: (-own[j], j))
         for i, j in zip([i for i in range(k) if not members[i]], free):
             members[slot[j]].remove(j)
             members[i] = [j]
-        means = [sum(size[j] * x[j] for j in of) / sum(size[j] for j in of) for of in members]
-    return members, [middle(of, mean) for of, mean in zip(members, means)], means
+        means = torch.stack([(x[of] * size[of, None]).sum(0) / size[of].sum() for of in members])
+    away = squares(means, x)
+    return members, [middle(of, line) for of, line in zip(members, away)]
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 10])
 @pytest.mark.parametrize("k", [1, 2, 9, 30, 47, 48])
-def test_kmeans(k, iterations):
-    t = tokens(seed=k)
-    t.size = torch.randint(1, 4, (3, N)).float()
+@pytest.mark.parametrize("case", ["random", "duplicates", "constant"])
+def test_kmeans(case, k, iterations):
+    """Of duplicates and constant features, clusters are empty where k exceeds the 8 or the one there are."""
+    t = tokens(case, seed=k, batch=2)
+    t.size = torch.randint(1, 4, (2, N)).float()
     method = vtc.get_method("kmeans", iterations=iterations)
-    for row in range(3):
-        members, places, means = kmeans_in_loops(t.x[row], k, iterations, t.size[row])
+    for row in range(2):
+        members, places = kmeans_in_loops(t.x[row], k, iterations, t.size[row])
         slots = sorted(range(k), key=places.__getitem__)
-        source = compare(method, t, k, row, sorted(places), torch.stack([means[s] for s in slots]))
+        x, size = t.x[row].double(), t.size[row].double()[:, None]
+        merged = [(x[members[s]] * size[members[s]]).sum(0) / size[members[s]].sum() for s in slots]
+        source = compare(method, t, k, row, sorted(places), torch.stack(merged))
         assert source == [next(i for i, s in enumerate(slots) if j in members[s]) for j in range(N)]
     reduction = method.reduce(t, k)
     y, size = reduction.apply(t.x, t.size), reduction.sizes(t.size)
@@ -322,16 +340,14 @@ def test_kmeans(k, iterations):
     torch.testing.assert_close((y * size[..., None]).sum(1), total, atol=1e-4, rtol=1e-4)
 
 
-def test_kmeans_fills_empty_clusters():
-    """From five starts that are all alike, the four that stay empty take what is farthest from the mean."""
-    x = torch.zeros(1, 20, 4)
-    x[0, [0, 4, 9, 12], [0, 1, 2, 3]] = torch.tensor([4.0, 5.0, 6.0, 7.0])
-    t = Tokens(x, (4, 5))
-    reduction = vtc.get_method("kmeans").reduce(t, 5)
-    assert sorted(reduction.sizes(t.size)[0].tolist()) == [1, 1, 1, 1, 16]
-    assert {0, 4, 9, 12} < set(reduction.index[0].tolist())
-    _, places, _ = kmeans_in_loops(x[0], 5)
-    assert reduction.index[0].tolist() == sorted(places)
+def test_kmeans_gives_an_empty_cluster_the_farthest_token():
+    """Three kinds of tokens make five clusters: the two that stay empty take what is not the first of its
+    kind, and of tokens equally far from their means the first."""
+    x = torch.tensor([0.0, 0.0, 0.0, 9.0, 5.0, 5.0, 5.0])[None, :, None]
+    for iterations in (1, 10):
+        reduction = vtc.get_method("kmeans", iterations=iterations).reduce(Tokens(x, (1, 7)), 5)
+        assert reduction.index.tolist() == [[0, 1, 2, 3, 4]]
+        assert torch.equal(reduction.expand(reduction.apply(x)), x)
 
 
 def test_kmeans_gets_closer_with_every_step():
@@ -404,3 +420,141 @@ def test_options_out_of_range_are_refused_by_name(name, options):
     (option,) = options
     with pytest.raises(ValueError, match=option):
         vtc.get_method(name, **options)
+
+
+# -- in models
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def inside(model, inputs):
+    """What is inside the bare model: what the projector is given of each picture, CLS set aside, and what
+    CLS of the last block attends to, all heads taken as one."""
+    tower, seen = model.model.vision_tower, {}
+    attention = tower.encoder.layers[-1].self_attn
+    modules = {"query": attention.q_proj, "key": attention.k_proj, "given": model.model.multi_modal_projector}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, args, out, name=name: seen.setdefault(name, args[0] if name == "given" else out)
+        )
+        for name, module in modules.items()
+    ]
+    run(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    query, key = seen["query"][:, :1], seen["key"]  # CLS is the first
+    cls = (query @ key.transpose(1, 2) * key.shape[2] ** -0.5).softmax(dim=2)[:, 0, 1:]
+    return seen["given"], cls, key[:, 1:]
+
+
+def given_to_decoder(model, inputs):
+    """What stands where the one image of a prompt begins, and behind it: (L, D)."""
+    seen = []
+    decoder = model.model.language_model
+    hook = decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    run(model, inputs)
+    hook.remove()
+    return seen[0][0, int((inputs["input_ids"][0] == IMAGE).nonzero()[0]) :]
+
+
+@pytest.mark.parametrize("order", ["paper", "raster"])
+@pytest.mark.parametrize("name", ["prumerge", "prumerge+"])
+def test_prumerge_in_a_model(name, order):
+    """Outliers of the un-headed attention, merged in front of the projector, in the order of the card."""
+    model, make_inputs = build("llava-clip")
+    numbers = set()
+    for picture in range(6):
+        inputs = make_inputs((1,), first=picture)
+        vision, cls, keys = (part[0] for part in inside(model, inputs))
+        attention = cls.tolist()
+        with vtc.compress(model, name, keep=15, order=order) as handle:
+            embeds = given_to_decoder(model, inputs)
+            (record,) = handle.last
+        kept = falling(attention)[: outliers_of_the_card(attention)]
+        if name == "prumerge+":
+            attended, spaced = with_spaced(falling(attention), len(kept))
+            kept = attended + spaced
+        places, merged = prumerge_of_the_card(vision, attention, keys, kept, 32, False)
+        assert record.index.tolist() == sorted(places)
+        with torch.no_grad():
+            expected = model.model.multi_modal_projector(merged.float())
+        if order == "raster":
+            expected = expected[torch.tensor(places).argsort()]
+        torch.testing.assert_close(embeds[: len(places)], expected, atol=1e-5, rtol=1e-4)
+        numbers.add(len(places))
+    assert len(numbers) > 1
+
+
+def test_visionzip_in_a_model():
+    model, make_inputs = build("llava-clip")
+    inputs, seen = make_inputs((1,)), []
+    vision, *_ = inside(model, inputs)
+    with vtc.compress(model, "visionzip", keep=13) as handle:
+        method = handle._stages[0].method
+        method.reduce = lambda tokens, k: (
+            seen.append((tokens, type(method).reduce(method, tokens, k))) or seen[0][1]
+        )
+        embeds = given_to_decoder(model, inputs)
+    tokens, reduction = seen[0]
+    torch.testing.assert_close(tokens.x, vision)
+    score, keys = tokens.cls_attention[0, 0].tolist(), tokens.keys[0, 0]
+    index, _, merged = visionzip_of_the_card(vision[0], score, keys, 13, 2, "paper")
+    assert reduction.index[0].tolist() == index and index != sorted(index)
+    with torch.no_grad():
+        expected = model.model.multi_modal_projector(merged.float())
+    torch.testing.assert_close(embeds[:13], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_slime_in_a_model():
+    """The words are those of the picture's own prompt; a thumbnail stays, crops compete as one row."""
+    model, make_inputs = build("llava_next-clip")
+    inputs = make_inputs((1, 1), pads=2)
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    features = model.model.get_image_features(**pictures, return_dict=True).pooler_output
+    for k, top_p in ((30, 0.95), (40, 0.3)):
+        with vtc.compress(model, "slime", keep=k, top_p=top_p, temperature=0.5) as handle:
+            run(model, inputs)
+            records = handle.last
+        for row, record in enumerate(records):
+            ids = inputs["input_ids"][row]
+            text = model.get_input_embeddings()(ids[(ids != IMAGE) & (ids != PAD)])
+            (thumbnail,) = (tile.slots for tile in record.tiles if tile.thumbnail)
+            crops = torch.cat([tile.slots for tile in record.tiles if not tile.thumbnail])
+            assert len(thumbnail) == 16 and set(thumbnail.tolist()) <= set(record.index.tolist())
+            x = features[row][crops].detach()
+            score, chance = slime_of_the_card(x, text.detach(), slice(None), temperature=0.5)
+            own = sum(s <= top_p for s in np.cumsum(sorted(chance, reverse=True))) + 1
+            best = crops[falling(score)[: min(own, k - 16)]]
+            assert record.index.tolist() == sorted([*thumbnail.tolist(), *best.tolist()])
+
+
+@pytest.mark.parametrize("host", ["llava-clip", "llava_next-clip"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_as_its_pictures_alone_in_a_model(name, host):
+    model, make_inputs = build(host)
+    inputs = make_inputs((1, 1, 1), pads=1)
+    with vtc.compress(model, name, keep=0.6) as handle:
+        run(model, inputs)
+        records = handle.last
+        for row, record in enumerate(records):
+            run(model, make_inputs((1,), first=row))
+            assert torch.equal(handle.last[0].index, record.index)
+            assert torch.equal(handle.last[0].source, record.source)
+
+
+@pytest.mark.parametrize("host", ["llava-siglip", "qwen2_5_vl"])
+def test_without_cls(host):
+    model, make_inputs = build(host)
+    inputs = make_inputs((2, 1))
+    for name in ("visionzip", "prumerge", "prumerge+"):
+        with pytest.raises(ValueError, match=f"'{re.escape(name)}' needs a CLS token"):
+            vtc.compress(model, name, keep=5)
+    for name, options in (("visionzip", {"signal": "mean_attention"}), ("slime", {}), ("kmeans", {})):
+        with vtc.compress(model, name, keep=5, **options) as handle:
+            assert run(model, inputs).isfinite().all()
+            assert [len(record.index) for record in handle.last] == [5, 5, 5]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from footprint import footprint
 
 import vtc
 from vtc.api import current
@@ -31,16 +32,17 @@ PEAKS = (
 )
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("overhead", ROOT / "eval/overhead.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"eval/{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
+    sys.modules[spec.name] = module  # where dataclasses look, and the one file for the other
     spec.loader.exec_module(module)
     return module
 
 
-overhead = load()
-ENTRIES = json.loads(overhead.CONFIG.read_text())["geometries"]
+overhead, selection = load("overhead"), load("selection")
+CONFIG = json.loads(overhead.CONFIG.read_text())
+ENTRIES, BATCHES = CONFIG["geometries"], CONFIG["selection"]["batches"]
 
 
 def tiny(name):
@@ -59,8 +61,9 @@ def served(name):
 def test_the_oracle_says_what_the_compressed_model_says(name, method):
     _, model, inputs = tiny(name)
     trio = overhead.Trio(model, inputs, method, keep=0.25)
-    length, tokens = len(trio.stay), len(trio.kept)
-    assert int(trio.kept.sum()) == round(tokens / 4) and int(trio.stay.sum()) == length - tokens * 3 // 4
+    length, tokens, kept = len(trio.stay), len(trio.kept), int(trio.kept.sum())
+    assert int(trio.stay.sum()) == length - tokens + kept
+    assert kept == tokens / 4 or (kept < tokens / 4 and getattr(vtc.get_method(method), "adaptive", False))
     compressed = trio.compressed(**inputs).logits[:, trio.stay]
     oracle = trio.oracle(**trio.oracle_inputs).logits
     bare = trio.bare(**inputs).logits[:, trio.stay]
@@ -118,13 +121,112 @@ def test_rows_are_whole_and_made_once(tmp_path, capsys, monkeypatch):
     assert readme.read_text() == f"before\n{part}\nbehind\n"
 
 
-def test_the_readme_shows_the_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = readme.split("<!-- overhead:begin -->\n")[1].split("\n<!-- overhead:end -->")[0]
-    assert part == overhead.tables(read_rows(ROOT / "eval/results/overhead.jsonl")[0])
+@pytest.mark.parametrize("script", [overhead, selection], ids=["overhead", "selection"])
+def test_the_readme_shows_the_rows(script):
+    readme, name = (ROOT / "README.md").read_text(encoding="utf-8"), script.__name__
+    part = readme.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
+    assert part == script.tables(read_rows(ROOT / f"eval/results/{name}.jsonl")[0])
 
 
 def test_peak_is_what_tensors_take_beyond_the_start():
     held = torch.ones(1 << 20)
     peak = overhead.peak_bytes(lambda: (held + 1).sum(), torch.device("cpu"))
     assert peak == pytest.approx(4 << 20, rel=0.01)
+
+
+def batch_of(name):
+    batch = selection.Batch.of(name, CONFIG, tiny=True)
+    model = batch.geometry.build(torch.float32, "cpu")
+    return batch, model, batch.inputs(model)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@torch.no_grad()
+def test_every_method_does_the_same_behind_a_tower_that_is_played_again(name):
+    batch, model, inputs = batch_of(name)
+    replay, tower = selection.Replay(model, inputs), model.base_model.vision_tower
+    methods = overhead.servable(batch.geometry, vtc.list_methods("features"), "features")
+    assert {"tome", "vtc-cls", "slime"} < set(methods)
+    for method in methods:
+        if vtc.get_method(method).lowers_resolution:
+            continue
+        with selection.compressed(batch, model, method) as handle:
+            logits, records = model(**inputs).logits, handle.last
+            with replay.playing():
+                assert torch.equal(model(**inputs).logits, logits)
+            assert len(handle.last) == len(records) == len(inputs["input_ids"])
+            for one, other in zip(records, handle.last):
+                assert torch.equal(one.index, other.index) and torch.equal(one.source, other.source)
+    assert "forward" not in vars(tower)
+
+
+@torch.no_grad()
+def test_a_played_tower_computes_nothing():
+    _, model, inputs = batch_of("clip-l-336-batch-8")
+    replay, seen = selection.Replay(model, inputs), []
+    model.base_model.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    with replay.playing():
+        model(**inputs)
+    assert not seen
+    model(**inputs)
+    assert seen
+
+
+@torch.no_grad()
+def test_times_are_of_the_tower_and_until_the_decoder():
+    _, model, inputs = batch_of("clip-l-336-batch-8")
+    model(**inputs)  # transformers puts hooks of its own onto it at first
+    before, now = footprint(model), iter(range(100))
+    times = selection.run(model, inputs, lambda: next(now))
+    # Four readings: the call, the tower's begin and end, the decoder's layer.
+    assert (times.tower, times.ahead) == (1, 3)
+    assert footprint(model) == before
+
+
+def test_rows_of_selection_are_whole_and_made_once(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    methods = ["divprune", "downsample", "slime", "vtc-cls"]
+    arguments = ["--selection", "--tiny", "--methods", *methods, "--repeats", "2", "--dtype", "float32"]
+    arguments += ["--device", "cpu", "--clock", "cpu", "--out", str(out)]
+    overhead.main(arguments)
+    rows, broken = read_rows(out)
+    assert not broken and [row["method"] for row in rows] == methods * 2
+    assert capsys.readouterr().out.count("4 of 4 rows to make") == 2
+    for row in rows:
+        tiled = row["geometry"] == "clip-l-336-tiles tiny"
+        # Five tiles of 64 tokens and 16 newline tokens
+        assert (row["tiled"], row["pictures"], row["image_tokens"]) == (
+            (True, 1, 336) if tiled else (False, 2, 64)
+        )
+        assert row["kept_tokens"] == (40 if tiled else 16)
+        assert (row["allocate"] == "joint") == (tiled and row["method"] in ("divprune", "vtc-cls"))
+        for name in ("tower_seconds", "spent_seconds", "spent_to_tower"):
+            low, middle, high = row[name]
+            assert 0 < low <= middle <= high
+        assert row["added_to_tower"][1] > 0 or row["method"] == "downsample"
+        assert row["versions"]["torch"] == torch.__version__ and row["command"].startswith("python eval/")
+        assert (row["dtype"], row["repeats"], row["clock"]) == ("float32", 2, "cpu")
+    monkeypatch.setattr(selection, "measure", None)
+    overhead.main(arguments)
+    assert capsys.readouterr().out.count("0 of 4 rows to make") == 2
+    assert read_rows(out)[0] == rows
+    overhead.main([*arguments, "--table"])
+    table = capsys.readouterr().out
+    assert table.count("| divprune |") == 2 and "| 16 of 64 |" in table and "| 40 of 336 | joint |" in table
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- selection:begin -->\nold\n<!-- selection:end -->\nbehind\n")
+    overhead.main([*arguments, "--readme", str(readme)])
+    part = f"<!-- selection:begin -->\n{selection.tables(rows)}\n<!-- selection:end -->"
+    assert readme.read_text() == f"before\n{part}\nbehind\n"
+
+
+def test_a_geometry_of_the_other_measurement_is_refused(capsys):
+    for arguments in (["--geometry", "clip-l-336-tiles"], ["--selection", "--geometry", "clip-l-336"]):
+        with pytest.raises(SystemExit):
+            overhead.main(arguments)
+        said = (
+            "with --selection there are clip-l-336-"
+            if arguments[0] == "--selection"
+            else "and no clip-l-336-t"
+        )
+        assert said in capsys.readouterr().err

@@ -4,10 +4,12 @@ import copy
 import functools
 import inspect
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from footprint import footprint
+from test_compile import _shallow
 from tiny import HOSTS, SUPPRESS, build, gemma_encoders
 from tiny.parts import IMAGE, VIDEO
 from transformers import DynamicCache
@@ -94,15 +96,15 @@ def restated(ids, mask, kind, lengths):
 def test_every_host(name):
     model, make_inputs = opened(name)
     with Ear(model) as ear:
-        for side in ("left", "right"):
-            inputs = make_inputs((2, 1, 0), pads=2, side=side)
-            model(**inputs)
-            ear.told(inputs["input_ids"], inputs["attention_mask"])
+        inputs = make_inputs((2, 1, 0), pads=2, side="right")
+        model(**inputs)
+        ear.told(inputs["input_ids"], inputs["attention_mask"])
         if name == "shieldgemma2":  # says yes or no
             return
         beams = 1 if name in HOSTS and "beams" in HOSTS[name].lacks else 2
         inputs = make_inputs((2, 1), pads=1)
-        model.generate(**inputs, **GREEDY, num_beams=beams, num_return_sequences=beams)
+        options = {"max_new_tokens": 1, "num_beams": beams, "num_return_sequences": beams}
+        model.generate(**inputs, **GREEDY | options)
         copies = beams if ear.vision.host.memory else 1  # it has no get_image_features
         ids, mask = (inputs[each].repeat_interleave(copies, 0) for each in ("input_ids", "attention_mask"))
         ear.told(ids, mask)
@@ -214,10 +216,9 @@ def test_a_chat_is_asked_for_what_is_new(name, positions):
         ear.told(first["input_ids"], first["attention_mask"])
         said = turn.sequences[:, first["input_ids"].shape[1] :]
         kinds = {n: torch.cat([v, v[:, :2] * 0, second[n]], 1) for n, v in first.items() if "type" in n}
-        whole = {
-            n: torch.cat([first[n], said if n == "input_ids" else said**0, second[n]], 1) for n in MASKED
-        }
-        pixels = {n: v for n, v in second.items() if n not in MASKED and "type" not in n}
+        said = {"input_ids": said, "attention_mask": torch.ones_like(said)}
+        whole = {n: torch.cat([first[n], said[n], second[n]], dim=1) for n in said}
+        pixels = {n: v for n, v in second.items() if n not in said and "type" not in n}
         # The last word that was said is not in the cache.
         new = {n: v[:, turn.past_key_values.get_seq_length() :] for n, v in whole.items()}
         assert new["input_ids"].shape[1] == 1 + second["input_ids"].shape[1]
@@ -233,9 +234,6 @@ def test_a_chat_is_asked_for_what_is_new(name, positions):
         ear.told(**by_name(new))
         model(**part, **only, **pixels, **cache())
         ear.told(**by_name(new))
-
-
-MASKED = ("input_ids", "attention_mask")
 
 
 def by_name(inputs):
@@ -266,9 +264,7 @@ def test_what_nobody_can_know():
         with pytest.raises(RuntimeError, match=r"features are made alone: call the compressed model"):
             model.model.get_image_features(**pixels)
         for call in (model, functools.partial(model.generate, **GREEDY)):
-            with pytest.raises(
-                RuntimeError, match=r"prompt holds 48 tokens for 32 features.*all of its images"
-            ):
+            with pytest.raises(RuntimeError, match=r"holds 48 tokens for 32 features.*all of its images"):
                 call(**{**inputs, "pixel_values": inputs["pixel_values"][:2]})
             with pytest.raises(RuntimeError, match="made alone"):  # nothing is known of that call any more
                 model.model.get_image_features(**pixels)
@@ -288,14 +284,14 @@ def test_refused():
     with pytest.raises(ValueError, match="does not read the question"):
         vtc.compress(model, "cdpruner", keep=0.4)
     model, _ = build("qwen2_vl")
-    model.model.config.image_token_id = None
+    model.model.config = SimpleNamespace(video_token_id=VIDEO)
     with pytest.raises(ValueError, match="does not tell which tokens of its prompt are an image's"):
         Prompt(open_host(model))
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl", "mllama", "shieldgemma2"])
 def test_remove_leaves_nothing(name):
-    model, make_inputs = opened(name)
+    model, _ = opened(name)
     before = footprint(model)
     prompt = Prompt(open_host(model))
     for _ in range(2):
@@ -341,8 +337,10 @@ def test_generate_inside_of_generate():
 
     class Asking(StoppingCriteria):
         def __call__(self, ids, scores, **kwargs):
+            ear.told(outer["input_ids"], outer["attention_mask"])
             model.generate(**inner, **GREEDY)
             ear.told(inner["input_ids"], inner["attention_mask"])
+            assert ear.prompt._generate.get().tokens is outer["input_ids"]
             return torch.ones(len(ids), dtype=torch.bool)
 
     with Ear(model) as ear:
@@ -367,6 +365,24 @@ def test_peft_and_threads():
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+@torch.no_grad()
+def test_weights_that_are_elsewhere():
+    from accelerate import cpu_offload
+
+    model, make_inputs = build("llava-clip")
+    inputs = make_inputs((2, 1), pads=1)
+    table = build("llava-clip")[0].get_input_embeddings()
+    expected = [table(ids) for ids in inputs["input_ids"][:, -4:]]
+    cpu_offload(model, execution_device="cpu")
+    assert model.get_input_embeddings().weight.device.type == "meta"
+    with Ear(model) as ear:
+        model(**inputs)
+        model.generate(**inputs, **GREEDY)
+        for _, found in ear.heard:
+            for (text, _), row in zip(found, (0, 0, 1), strict=True):
+                assert torch.equal(text[-4:], expected[row])
+
+
 def test_a_deep_copy_reads_its_own_words():
     model, make_inputs = build("llava-clip")
     inputs = make_inputs((2, 1), pads=1)
@@ -384,10 +400,10 @@ def test_a_deep_copy_reads_its_own_words():
 
 @torch.no_grad()
 def test_compiled():
-    model, make_inputs = build("llava-clip")
+    model, make_inputs = _shallow("llava-clip")
     inputs = make_inputs((2, 1), pads=1)
     fast = torch.compile(model, backend="eager")
-    with Ear(model) as ear:
+    with Ear(model, keep=1.0) as ear:
         fast(**inputs)
         ear.told(inputs["input_ids"], inputs["attention_mask"])
         assert not ear.prompt._forward.get()
@@ -404,9 +420,9 @@ def kept(model, inputs, handle):
 
 
 @on_methods
-@pytest.mark.parametrize("name", ["llava-clip", "llava_next-clip", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava-clip", "llava_next-clip", "gemma3", "qwen2_5_vl", "mllama"])
 def test_methods_follow_the_question(name, method, options):
-    """Another question about the same picture keeps other tokens; a batch keeps what its prompts keep alone."""
+    """Another question about the same picture keeps other tokens; a batch keeps what its prompts do alone."""
     model, make_inputs = build(name)
     inputs = make_inputs((1, 1, 1), pads=2)
     with vtc.compress(model, vtc.get_method(method, **options), keep=0.4) as handle:

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import vtc
 from vtc.evaluation.board import boards
 from vtc.evaluation.gallery import gallery
 from vtc.evaluation.report import load_boards, update_readme, write_report
-from vtc.evaluation.tables import accuracy_table, costs_table, kinds_table, legend
+from vtc.evaluation.style import looks
+from vtc.evaluation.tables import accuracy_lines, accuracy_table, costs_table, kinds_table, legend
 from vtc.evaluation.tasks import load_task
 
 KINDS = ("colour", "count", "x|y</script><b>")  # a kind is a user's own word
@@ -60,8 +62,8 @@ def test_tables_hold_the_numbers_of_the_rows(rows):
     (board,) = boards(rows)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in accuracy_table(board).splitlines()]
     assert lines[0] == ["method", "50 %, 72 tokens", "11 %, 16 tokens"]
-    assert lines[2] == ["hiprune", "47.2 (52) ▾", "41.6 (46) ▾"]  # 0.472 / 0.9 = 0.524; random has 0.622
-    assert lines[3] == ["tome", "77.2 (86)", "71.6 (80)"]
+    assert lines[2] == ["tome", "77.2 (86)", "71.6 (80)"]  # the best first
+    assert lines[3] == ["hiprune", "47.2 (52) ▾", "41.6 (46) ▾"]  # 0.472 / 0.9 = 0.524; random has 0.622
     assert lines[4] == ["random", "62.2 ± 7.1 (69)", "56.6 ± 7.1 (63)"]  # 0.572 and 0.672
     assert "2 seeds" in legend(board) and "▾ below random" in legend(board)
     assert "| tome | 77.2 | 76.2 | 75.2 |" in kinds_table(board, 0.5)
@@ -72,7 +74,44 @@ def test_tables_hold_the_numbers_of_the_rows(rows):
 
 def test_options_make_a_method_of_their_own(rows):
     rows.append(row("tome", 0.5, 72, 0.1, options={"layer": -1}))
-    assert boards(rows)[0].methods == ["hiprune", "tome", "tome (layer=-1)", "random"]
+    assert boards(rows)[0].methods == [
+        "tome",
+        "hiprune",
+        "tome (layer=-1)",
+        "random",
+    ]  # not run at 11 %: last
+
+
+def test_what_a_method_reads_is_said_where_it_is_not_in_every_model(rows):
+    rows += [row("fastervlm", 0.11, 16, 0.8), row("slime", 0.11, 16, 0.1, options={"adaptive": False})]
+    rows.append(row("no longer registered", 0.11, 16, 0.2))
+    (board,) = boards(rows)
+    heading, *lines = accuracy_lines(board)
+    told = {line[0]: line[1] for line in lines}
+    assert heading[1] == "reads" and told.pop("fastervlm") == "CLS"
+    assert told.pop("slime (adaptive=False)") == "text" and not any(told.values())
+    assert "*reads*" in legend(board)
+
+
+def test_of_one_run_the_newest_row_counts(rows):
+    older = row("tome", 0.11, 16, 0.1, key="before it was rewritten", date="2025-01-01T00:00:00+00:00")
+    failed = {name: older[name] for name in ("model", "task", "split", "n", "method", "options", "keep")}
+    for found in ([older, *rows], [*rows, older], [{**failed, "key": "x", "error": "?"}, *rows]):
+        (board,) = boards(found)
+        cell = board.cells["tome", 0.11]
+        assert len(cell.rows) == 1 and cell.accuracy == approx(0.716) and board.errors == []
+    newer = {**failed, "key": "x", "error": "?", "date": "2025-01-03T00:00:00+00:00"}
+    assert ("tome", 0.11) not in boards([newer, *rows])[0].cells
+
+
+def test_of_many_methods_only_the_best_have_colours(rows, tmp_path):
+    rows += [row(f"method {i}", 0.11, 16, i / 20) for i in range(12)]
+    (board,) = boards(rows)
+    found = looks(board)
+    assert list(found) == board.methods
+    assert [method for method, look in found.items() if not look.plain][:2] == ["tome", "method 11"]
+    assert sum(look.plain for look in found.values()) == 8  # of 14, six have a colour
+    write_report([board], tmp_path)
 
 
 def test_several_tasks_are_several_boards(rows, tmp_path):
@@ -112,6 +151,7 @@ def test_the_page_needs_nothing_but_itself(rows, tmp_path):
     found = read(page)
     assert found.loaded == [] and not re.search(r"url\(|@import|<link|fetch\(|XMLHttp", page)
     (data,) = json.loads(found.texts["data"])  # a kind called </script> has not ended it
+    assert data["methods"] == ["tome", "hiprune", "random"] and data["keeps"][data["reference"]][:4] == "11 %"
     assert data["kinds"] == list(KINDS)
     tome = next(line for line in data["series"] if line["name"] == "tome")
     assert [point["accuracy"]["all questions"] for point in tome["points"]] == approx([0.772, 0.716])
@@ -123,6 +163,7 @@ def test_the_page_needs_nothing_but_itself(rows, tmp_path):
         ]  # fmt: skip
         urls = [kept["url"] for kept in exhibit["kept"]]
         assert len(set(urls)) == 3 and all(url.startswith("data:image/") for url in urls)
+        assert mean(map(len, urls)) < 6e3  # five pictures, 30 methods and five budgets make less than 5 MB
     assert "77.2" in found.texts["td"] and "vtc demo" in found.texts["code"] and "0123456789" in page
 
 

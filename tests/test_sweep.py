@@ -1,5 +1,6 @@
 """A sweep is one row per run, survives being killed, and goes on past whatever fails."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -213,6 +214,44 @@ def test_answers_match_without_case_punctuation_and_spaces():
 def test_baselines_run_beside_the_methods(task, tmp_path):
     rows = run(task, tmp_path / "r.jsonl", ["tome"], [0.5], baselines=("random", "tome"))
     assert [row["method"] for row in rows] == ["full", "blind", "tome", "random"]
+
+
+def test_parts_of_a_config_come_together_in_one_file(task, tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "eval" / "sweep.py"
+    spec = importlib.util.spec_from_file_location("eval_sweep", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    model = small_model()
+    monkeypatch.setattr(script, "load_model", lambda name: (model, small_processor()))
+    config = {
+        "model": "models/tiny-llava", "tasks": [f"jsonl:{task}"], "keeps": [8], "repeats": 1,
+        "progress": False, "methods": ["uniform", ["divprune", {"merge": "restore"}], "pool"], "baselines": ["random"],
+        "also": [{"methods": ["uniform", "fastervlm"], "keeps": [0.5]}],
+    }  # fmt: skip
+
+    def call(output, *more):
+        given = tmp_path / "config.json"
+        given.write_text(json.dumps({**config, "output": str(output)}))
+        monkeypatch.setattr(sys, "argv", ["eval/sweep.py", "--config", str(given), *more])
+        script.main()
+        return output.exists() and read_rows(output)[0]
+
+    output = tmp_path / "r.jsonl"
+    assert not call(output, "--part", "2/2")  # in a file beside
+    assert [row["method"] for row in read_rows(tmp_path / "r.jsonl.part2")[0]] == [
+        "full",
+        "blind",
+        "divprune",
+    ]
+    call(output, "--part", "1/2")
+    seconds = {row["key"]: row["seconds"] for i in (1, 2) for row in read_rows(f"{output}.part{i}")[0]}
+    rows, whole = call(output), call(tmp_path / "whole.jsonl")
+    assert sorted(row["key"] for row in rows) == sorted(row["key"] for row in whole)
+    assert {row["key"]: row["accuracy"] for row in rows} == {row["key"]: row["accuracy"] for row in whole}
+    taken = [row for row in rows if row["key"] in seconds and row["method"] in ("divprune", "pool")]
+    assert len(taken) == 2 and all(seconds[row["key"]] == row["seconds"] for row in taken)  # not run again
+    assert {row["command"] for row in rows} == {f"python eval/sweep.py --config {tmp_path / 'config.json'}"}
+    assert not list(tmp_path.glob("*.part*"))
 
 
 def test_another_picture_and_another_code_are_other_runs(task, tmp_path, monkeypatch):

@@ -87,6 +87,8 @@ def _caption(handle: Any, record: Record, block: int | str | None) -> str:
 
 
 def _budget(keep: Any) -> str:
+    if isinstance(keep, str):
+        return f"keep {keep}"
     return f"keep {keep:g}" if isinstance(keep, Real) else "keep by block"
 
 

@@ -16,39 +16,41 @@ from .tokens import gather
 _PAIRS = 1 << 20  # pairs of tokens of a row looked at at once: 4 MiB
 _FEW = 32  # candidates looked at again at once
 _SAME = 1e-5  # of a similarity: less is rounding
+_EQUAL = 1e-6  # of a sum of them: two tokens most like each other add the same, in exact numbers
 
 
 class Cosines:
     """Cosine similarities of the tokens x (B, N, D), in float32; those of a token of zeros are zero.
 
-    All pairs are held where they are no more than the features themselves, N <= D, which is fastest. That
-    must not depend on the batch, which would round differently.
+    `then` makes something else of them in place. All pairs are held where they are no more than the features
+    themselves, N <= D, which is fastest. That must not depend on the batch, which would round differently.
     """
 
-    def __init__(self, x: Tensor):
-        self._x, self.n = x.float(), x.shape[1]
+    def __init__(self, x: Tensor, then: Callable[[Tensor], Tensor] = lambda cosine: cosine):
+        self._x, self._then, self.n = x.float(), then, x.shape[1]
         self.length = torch.linalg.vector_norm(self._x, dim=2)  # (B, N)
-        self._scale = 1 / self.length.clamp_min(1e-12)  # of products: no second copy of the features
+        self._scale = self.length.clamp_min(1e-12)  # products are divided by it: no second copy of x
         self._all = None
         if self.n <= x.shape[2]:
-            self._all = self._x @ self._x.transpose(1, 2)  # (B, N, N)
-            self._all.mul_(self._scale[:, None]).mul_(self._scale[..., None])
+            self._all = self._divided(self._x @ self._x.transpose(1, 2), self._scale)  # (B, N, N)
 
     def of(self, index: Tensor) -> Tensor:
-        """Of the tokens at index (B, c) with all: (B, c, N). Not to be written to."""
+        """Of the tokens at index (B, c) with all: (B, c, N), which may be written to."""
         if self._all is not None:
             return gather(self._all, index)
-        cosine = gather(self._x, index) @ self._x.transpose(1, 2)
-        return cosine.mul_(self._scale[:, None]).mul_(self._scale.gather(1, index)[..., None])
+        return self._divided(gather(self._x, index) @ self._x.transpose(1, 2), self._scale.gather(1, index))
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """A bounded number of tokens at a time: the first one's position, similarities with all (B, c, N)."""
+        """A bounded number of tokens at a time: the first one's position, and what `of` gives, to be read."""
         every = torch.arange(self.n, device=self._x.device).expand(len(self._x), -1)
         first = 0
         for index in every.split(max(1, _PAIRS // self.n), dim=1):
             part = slice(first, first + index.shape[1])
             yield first, self.of(index) if self._all is None else self._all[:, part]
             first = part.stop
+
+    def _divided(self, product: Tensor, scale: Tensor) -> Tensor:
+        return self._then(product.div_(self._scale[:, None]).div_(scale[..., None]))
 
 
 def farthest(x: Tensor, k: int) -> Tensor:
@@ -109,8 +111,8 @@ def volume(x: Tensor, worth: Tensor, k: int) -> Tensor:
 def cover(similar: Callable[[Tensor], Tensor], weight: Tensor, worth: Tensor, k: int) -> Tensor:
     """The token that adds most to how well everything is covered, again and again: (B, k) in that order.
 
-    similar  of candidates (B, c): how well each covers each of R things, (B, c, R), at most 1. A thing is
-             covered by the best of the chosen, and by 0 at least
+    similar  of candidates (B, c): how well each covers each of R things, (B, c, R), at most 1, a new tensor.
+             A thing is covered by the best of the chosen, and by 0 at least
     weight   (B, R) how much each thing counts
     worth    (B, N) >= 0 multiplies what a candidate adds
 
@@ -122,8 +124,9 @@ def cover(similar: Callable[[Tensor], Tensor], weight: Tensor, worth: Tensor, k:
     best = weight.new_zeros(weight.shape)  # (B, R) how well each thing is covered
 
     def gain(index: Tensor) -> Tensor:
-        more = F.threshold(similar(index) - best[:, None], _SAME, 0.0)  # (B, c, R)
-        return (more @ weight[..., None])[..., 0] * worth.gather(1, index)
+        more = F.threshold_(similar(index).sub_(best[:, None]), _SAME, 0.0)  # (B, c, R)
+        # A vector in front: behind it, one row alone would be rounded unlike rows of a batch.
+        return (weight[:, None] @ more.transpose(1, 2))[:, 0] * worth.gather(1, index)
 
     most = max(1, _PAIRS // max(n, weight.shape[1]))
     every = torch.arange(n, device=worth.device).expand(batch, -1)
@@ -133,17 +136,19 @@ def cover(similar: Callable[[Tensor], Tensor], weight: Tensor, worth: Tensor, k:
     for _ in range(k):
         few = _FEW
         while True:
-            top, pick = bound.max(dim=1)
-            sure = fresh[row, pick] | (top <= 0)  # (B,)
+            top = bound.amax(dim=1, keepdim=True)
+            first = bound >= top * (1 - _EQUAL)  # (B, N) of which the lowest position is chosen
+            sure = (fresh | ~first).all(dim=1) | (top[:, 0] <= 0)  # (B,)
             if bool(sure.all()):
                 break
-            # Not the fresh ones again, so that the candidate in question is always among these.
+            # Never the fresh ones again, so that this ends whatever is equal.
             index = bound.masked_fill(fresh, -torch.inf).topk(min(few, most, n), dim=1).indices
             held, known = bound.gather(1, index), fresh.gather(1, index)
             stays = sure[:, None] | known | (held == -torch.inf)
             bound.scatter_(1, index, torch.where(stays, held, gain(index)))
             fresh.scatter_(1, index, known | ~stays)
             few *= 2
+        pick = first.float().argmax(dim=1)
         picks.append(pick)
         best = torch.maximum(best, similar(pick[:, None])[:, 0])
         bound[row, pick] = -torch.inf

@@ -155,9 +155,8 @@ def scores(method: Select, tokens: Tokens) -> Tensor:
 
 
 def has_score(method: Method) -> bool:
-    """Whether a method is nothing but the order of its scores."""
-    own = isinstance(method, Select) and type(method).score is not Select.score
-    return own and type(method).select is Select.select and type(method).reduce is Select.reduce
+    """Whether a method has a score of each token."""
+    return isinstance(method, Select) and type(method).score is not Select.score
 
 
 @dataclass

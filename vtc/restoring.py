@@ -48,9 +48,9 @@ class Restore(Nearest):
               a prompt have their mean size
     distance  adds log(2 - g(d)) to the logits of a query and a key d positions apart, g being the mean of
               cos(d f) over the frequencies f of the decoder's rotary positions
-    tokens    "prompt": tokens that come after the pictures' forward, generated ones among them, get the
-              sizes only, in all layers; "all": they are treated as those of the prompt, so that what a cache
-              holds makes no difference
+    tokens    "prompt": tokens behind the forward that reads the pictures, generated ones among them, get the
+              sizes only, in all layers; "all": they are treated as those of the prompt, so that it makes no
+              difference whether they come from a cache
 
     Departures: the anchors are the tokens that the method keeps, whose number is the budget; the paper picks
     its own by density and distinctness. Only prompts that lost a token are corrected, so that others in the

@@ -89,7 +89,7 @@ def gallery(
 def data_url(image: Image) -> str:
     """The picture as text that an HTML page can hold."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, "WEBP", quality=82, method=6)
+    image.convert("RGB").save(file, "WEBP", quality=72, method=6)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -94,14 +94,14 @@ function gallery(board, place) {
   const table = element("table", { class: "gallery" }), body = element("tbody");
   const slider = element("input", { type: "range", min: 0, max: board.keeps.length - 1, value: board.reference, step: 1, "aria-label": "kept tokens" });
   const amount = element("b"), label = element("label", {}, element("span", {}, "kept tokens of every picture"), amount);
-  const image = (picture, name) => element("img", { loading: "lazy", src: picture.url, alt: `${name}, ${picture.tokens} tokens`, width: board.side, height: board.side });
+  const image = (picture, name) => element("img", { loading: "lazy", src: picture.url, alt: `${name}, ${picture.tokens} tokens`, width: board.side });
 
   function answer(picture) {
     return element("span", { class: picture.right ? "right" : "wrong" }, `${picture.right ? "✓" : "✗"} ${picture.answer || "no answer"}`);
   }
 
   function row(name, pictures, ...more) {
-    const cells = pictures.map((picture, i) => element("td", {}, ...(picture ? [image(picture, name), answer(picture)] : []), ...more.map((text) => text(i))));
+    const cells = pictures.map((picture, i) => element("td", {}, ...(picture ? [image(picture, name), ...more.map((text) => text(i)), answer(picture)] : [])));
     return element("tr", {}, element("th", { scope: "row" }, name), ...cells);
   }
 
@@ -122,5 +122,5 @@ function gallery(board, place) {
 
 data.forEach((board, i) => {
   if (board.series.length) chart(board, document.getElementById(`chart-${i}`));
-  if (board.exhibits.length) gallery(board, document.getElementById(`gallery-${i}`));
+  if (board.exhibits.length && board.keeps.length) gallery(board, document.getElementById(`gallery-${i}`));
 });

@@ -46,11 +46,12 @@ def _board(i: int, board: Board, exhibits: list[Exhibit]) -> str:
     lead = f"{board.items} {board.things}{split}. {methods}"
     parts = [
         f"<h1>{escape(_name(board))}</h1><p class=lead>{escape(lead)}</p>{_cards(board)}",
-        f"<h2>Accuracy against kept tokens</h2><div id=chart-{i}></div>",
-        f"<h2>Table</h2><div class=scroll>{_table(board)}</div>{_note(legend(board))}",
+        f"<h2>Accuracy against kept tokens</h2><div id=chart-{i}></div>" if board.keeps else "",
+        f"<h2>Table</h2><div class=scroll>{_table(board)}</div>" if board.keeps else "",
+        _note(legend(board)),
         _more("Hard questions", hard_lines, hard_legend, board),
         _more("Budgets that differ from picture to picture", varying_lines, varying_legend, board),
-        f"<h2>What was kept</h2><div id=gallery-{i}></div>" if exhibits else "",
+        f"<h2>What was kept</h2><div id=gallery-{i}></div>" if exhibits and board.keeps else "",
         f"<details><summary>What it costs</summary><div class=scroll>{_costs(board)}</div></details>",
         _errors(board),
     ]
@@ -99,10 +100,11 @@ def _more(title: str, lines: Callable, legend: Callable[[Board], str], board: Bo
     if not found:
         return ""
     heading, *body = found
-    rows = "".join(
-        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        for name, *cells in body
-    )
+    rows = ""
+    for name, *cells in body:
+        start = "<tr class=baseline>" if is_baseline(name) else "<tr>"
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows += f"{start}<th scope=row>{escape(name)}</th>{shown}</tr>"
     top = "".join(f"<th>{'<br>'.join(escape(cell).split(', '))}</th>" for cell in heading)
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
     return f"<h2>{title}</h2><div class=scroll>{table}</div>{_note(legend(board))}"

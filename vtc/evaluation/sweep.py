@@ -77,7 +77,8 @@ def sweep(
         return partial(run, model, Batches(processor, task, batch_size), repeats=repeats)
 
     rows = complete(output, identity, tasks, settings, runner, command, progress)
-    chance = many(seeds) if any(setting.method == "random" for setting in settings) else []
+    names = [spec if isinstance(spec, str) else spec[0] for spec in methods]
+    chance = many(seeds) if "random" in names else []
     for task in tasks if any(isinstance(keep, str) for keep in many(keeps)) else []:
         known = [row for row in newest(read_rows(output)[0]) if _about(row, identity, task)]
         own = [row for row in rows if _about(row, identity, task)]

@@ -41,8 +41,9 @@ def varying_legend(board: Board) -> str:
 
 
 def policy(keep: str, cell: Cell) -> str:
+    """The policy in words, with the p that a mean came to."""
     given = cell.rows[0].get("given")
-    return f"{keep} ({given})" if isinstance(given, str) else keep
+    return f"{keep} (p:{float(given[2:]):.3g})" if given else keep
 
 
 def _beside(cell: Cell | None) -> str:

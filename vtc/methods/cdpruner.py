@@ -53,7 +53,7 @@ class CDPruner(Select):
         words = (F.normalize(tokens.text.float(), dim=-1) * asked).sum(dim=1) / asked.sum(dim=1).clamp_min(1)
         x = tokens.x.float()
         length = torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12)
-        cosine = (x @ words[..., None])[..., 0] / (-length if self.negate else length)  # (B, N)
+        cosine = (words[:, None] @ x.transpose(1, 2))[:, 0] / (-length if self.negate else length)  # (B, N)
         least, most = cosine.amin(dim=1, keepdim=True), cosine.amax(dim=1, keepdim=True)
         wide = most - least > 1e-6  # else all are alike and the difference is rounding
         worth = torch.where(wide, (cosine - least + 1e-6) / (most - least).clamp_min(1e-6), 1.0)

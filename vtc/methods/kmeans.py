@@ -13,6 +13,7 @@ from ..method import Merge, register
 from ..tokens import Reduction, Tokens, gather
 
 _PAIRS = 1 << 22  # distances held at once of each row: 16 MiB
+_SAME = 1e-6  # of the squares of two tokens: a distance that is less is rounding
 
 
 @register
@@ -24,9 +25,9 @@ class KMeans(Merge):
 
     A baseline that no paper on vision tokens stands for: the clustering of the token reduction benchmark
     (arXiv:2308.04657) is k-medoids, with weights. Distances are squared Euclidean, means are weighted by
-    size. It starts from k evenly spaced tokens in raster order; nothing is drawn at random. A cluster that
-    loses all of its tokens gets the one farthest from its own mean, so that there are always k. The place of
-    a merged token is that of the member nearest to the mean.
+    size. It starts from the token nearest to the mean of all, then always the one farthest from those chosen;
+    nothing is drawn at random. A cluster that loses all of its tokens gets the one farthest from its own
+    mean, so that there are always k. The place of a merged token is that of the member nearest to the mean.
     """
 
     name = "kmeans"
@@ -41,14 +42,40 @@ class KMeans(Merge):
     def assign(self, tokens: Tokens, k: int) -> Reduction:
         x = tokens.x.float()
         x = x - x.mean(dim=1, keepdim=True)  # distances are the same, rounding is less
-        spaced = (2 * torch.arange(k, device=x.device) + 1) * tokens.n // (2 * k)
-        means, before = x[:, spaced], None
+        means, before = gather(x, _apart(x, k)), None
         for _ in range(int(self.iterations)):
             slot = _filled(x, means, _join(x, means))  # (B, N)
             if before is not None and torch.equal(slot, before):
                 break
             means, before = _means(x, slot, tokens.size, k), slot
         return Reduction(_middle(_away(x, means, slot), slot, k), slot).ascending()
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Squares of lengths: (B, N, D) -> (B, N)."""
+    return torch.linalg.vector_norm(x, dim=2).square()
+
+
+def _squares(x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
+    """Square distances of x (B, N, D) to y (B, K, D): (B, K, N). What is below rounding is 0, so that equal
+    tokens have none between them, nor from their mean."""
+    sums = _lengths(y)[..., None] + lengths[:, None]
+    square = torch.baddbmm(sums, y, x.transpose(1, 2), alpha=-2)
+    return torch.where(square > _SAME * sums, square, 0.0)
+
+
+def _apart(x: Tensor, k: int) -> Tensor:
+    """The token nearest to 0, then always the one farthest from those chosen: (B, k)."""
+    row = torch.arange(len(x), device=x.device)
+    lengths = _lengths(x)
+    pick = lengths.argmin(dim=1)
+    picks, nearest = [pick], torch.full_like(lengths, torch.inf)  # (B, N) to the nearest one chosen
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, _squares(x, lengths, x[row, pick][:, None])[:, 0])
+        nearest[row, pick] = -1.0  # and stays so
+        pick = nearest.argmax(dim=1)
+        picks.append(pick)
+    return torch.stack(picks, dim=1)
 
 
 def _chunks(n: int, k: int) -> Iterator[slice]:
@@ -58,25 +85,27 @@ def _chunks(n: int, k: int) -> Iterator[slice]:
 
 
 def _join(x: Tensor, means: Tensor) -> Tensor:
-    """The nearest mean of each token: (B, N)."""
-    length = means.square().sum(dim=2)[:, None]  # (B, 1, K)
-    across = means.transpose(1, 2)
-    parts = _chunks(x.shape[1], means.shape[1])
-    return torch.cat([(length - 2 * x[:, part] @ across).argmin(dim=2) for part in parts], dim=1)
+    """The nearest mean of each token, the first of equally near ones: (B, N)."""
+    lengths, parts = _lengths(x), _chunks(x.shape[1], means.shape[1])
+    return torch.cat([_squares(x[:, part], lengths[:, part], means).argmin(dim=1) for part in parts], dim=1)
 
 
 def _means(x: Tensor, slot: Tensor, size: Tensor, k: int) -> Tensor:
     """Means of members weighted by size: (B, K, D). As products, which add in the same order every time."""
-    total = x.new_zeros(len(x), k, x.shape[2] + 1)
-    weighed = torch.cat([x, torch.ones_like(x[..., :1])], dim=2) * size.float()[..., None]
+    total, sizes = x.new_zeros(len(x), k, x.shape[2]), x.new_zeros(len(x), k, 1)
     for part in _chunks(x.shape[1], k):
-        total += F.one_hot(slot[:, part], k).to(x.dtype).transpose(1, 2) @ weighed[:, part]
-    return total[..., :-1] / total[..., -1:]
+        where = slot[:, None, part]  # (B, 1, n)
+        share = x.new_zeros(len(x), k, where.shape[2]).scatter_(1, where, size.float()[:, None, part])
+        total = torch.baddbmm(total, share, x[:, part])
+        sizes += share.sum(dim=2, keepdim=True)
+    return total / sizes
 
 
 def _away(x: Tensor, means: Tensor, slot: Tensor) -> Tensor:
     """Square distance of each token from the mean of its cluster: (B, N)."""
-    return (x - gather(means, slot)).square().sum(dim=2)
+    own = gather(means, slot)
+    square = _lengths(x - own)
+    return torch.where(square > _SAME * (_lengths(x) + _lengths(own)), square, 0.0)
 
 
 def _middle(away: Tensor, slot: Tensor, k: int) -> Tensor:
@@ -93,10 +122,12 @@ def _filled(x: Tensor, means: Tensor, slot: Tensor) -> Tensor:
     """The same clusters, where each empty one, the first before, has taken the token farthest from its mean.
     The member nearest to a mean stays, so that none becomes empty by it."""
     n, k = slot.shape[1], means.shape[1]
+    empty = torch.ones_like(means[..., 0]).scatter(1, slot, 0.0)  # (B, K)
+    if not bool(empty.any()):
+        return slot
     away = _away(x, means, slot)
     middle = _middle(away, slot, k)  # (B, K)
-    empty = middle == n
     away = F.pad(away, (0, 1)).scatter(1, middle, -1.0)[:, :n]
     rank = away.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, N)
-    taker = empty.sort(dim=1, descending=True, stable=True).indices.gather(1, rank.clamp_max(k - 1))
+    taker = empty.argsort(dim=1, descending=True, stable=True).gather(1, rank.clamp_max(k - 1))
     return torch.where(rank < empty.sum(dim=1, keepdim=True), taker, slot)

@@ -55,14 +55,11 @@ class MMTok(Select):
         said.sub_(said.amax(dim=1, keepdim=True)).div_(self.text_temperature).exp_()
         asked = tokens.text_after.float()  # (B, T)
         words_weight = asked / said.sum(dim=1) / asked.sum(dim=1, keepdim=True).clamp_min(1)
-        vision = Cosines(tokens.vision)  # numerators of a few tokens at a time: all would be N x N
-        total = torch.cat([self._seen(cosine).sum(dim=2) for _, cosine in vision.chunks()], dim=1)  # (B, N)
+        seen = Cosines(tokens.vision, lambda cosine: cosine.sub_(1).div_(self.vision_temperature).exp_())
+        total = torch.cat([part.sum(dim=2) for _, part in seen.chunks()], dim=1)  # (B, N)
 
         def similar(index: Tensor) -> Tensor:
-            return torch.cat([gather(said, index), self._seen(vision.of(index))], dim=2)  # (B, c, T + N)
+            return torch.cat([gather(said, index), seen.of(index)], dim=2)  # (B, c, T + N)
 
         weight = torch.cat([words_weight, self.alpha / total / tokens.n], dim=1)
         return cover(similar, weight, torch.ones_like(total), k)
-
-    def _seen(self, cosine: Tensor) -> Tensor:
-        return ((cosine - 1) / self.vision_temperature).exp()

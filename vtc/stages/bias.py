@@ -41,14 +41,11 @@ class GroupBias:
         """A forward of the decoder begins, perhaps without a bias."""
         self._first.pop()
 
-    def apply(
-        self, kwargs: dict, groups: Groups, positions: Tensor, past: int, start: Tensor, reads: bool
-    ) -> dict:
+    def apply(self, kwargs: dict, groups: Groups, positions: Tensor, reads: bool) -> dict:
         """Arguments of the decoder, with biases in a mask of four dimensions.
 
-        groups     of the first keys; those behind them are text
+        groups     of the keys, (B, past + q)
         positions  of the queries
-        start      (B, 1) position of the first key behind the first `past` ones
         reads      whether this forward reads the prompt with the pictures
         """
         from transformers.masking_utils import create_causal_mask
@@ -59,7 +56,7 @@ class GroupBias:
         if mask is None or mask.dim() == 2:
             cache = kwargs.get("past_key_values")
             mask = create_causal_mask(self.decoder.config, x, mask, cache, allow_is_causal_skip=False)
-        groups = groups.lengthened(mask.shape[-1], start, past)
+        groups = groups.padded(mask.shape[-1])  # (B, kv)
         same = reads or self.rule.tokens == "all"
         bias = torch.zeros_like(mask[:, :1], dtype=torch.float32)  # (B, 1, q, kv)
         if same and self.rule.distance:

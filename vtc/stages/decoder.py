@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from ..hosts import Vision, features_owner
 from ..hosts.host import LayoutFunction
-from ..method import Method, Need
+from ..method import Method
 from ..record import Record, Tile
-from ..taps import refusal
 from ..threads import ByThread
-from ..tokens import Keep, Reduction, Tokens, check_keep, count_kept
+from ..tokens import Keep, Reduction, check_keep, count_kept
+from .alike import unsupported
 from .fields import items
-from .layers import LAYOUTS, LayerCut, Scene, unsupported
-from .places import Place, image_columns
+from .layers import LAYOUTS, LayerCut
+from .places import Place
 from .reducer import check_reduction
 from .rows import Row, assemble, lots_of
+from .scene import Scene, View, needed
 
-KINDS = ("keys", "all_keys", "text", "text_keys")
 _STAGE = "_vtc_decoder"
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -41,16 +41,18 @@ class DecoderStage:
     A method sees one row per image or video, all tiles or frames together: `tokens.x` is the decoder's final
     norm of what leaves the layer before the cut, (B, N, D), `tokens.layer` and `tokens.depth` count decoder
     layers. It may need, in `decoder_needs` or else in `needs`, whatever layers are named there, of that same
-    layer, rotated by position:
+    layer before the cut:
 
-    "keys"       (B, 1, N, d) mean over heads of keys and values
+    "keys"       (B, 1, N, d) its keys, rotated by position, mean over heads (of keys, where these are fewer)
     "all_keys"   (B, 1, N, heads * d) those heads side by side
     "text"       tokens.text (B, T, D) what tokens.x is, of the prompt without its images, padded;
                  tokens.text_mask (B, T) True for those that are no padding, tokens.text_after (B, T) for
                  those behind the image, for all where none is
     "text_keys"  (B, 1, T, heads * d) their keys; padding is zeros
 
-    A method's own number of tokens (`count`) and budgets of score mass are for the features stage.
+    Text is of the same forward, and not of a cache. Where generate() runs without one, every step is a
+    prefill, and what was written so far is text, too. A method's own number of tokens (`count`) and budgets
+    of score mass are for the features stage.
     """
 
     name = "decoder"
@@ -64,7 +66,7 @@ class DecoderStage:
                 f"tokens cannot be cut inside of the decoder of {vision.host.name} models: {reason}. "
                 "stage='features' cuts them in front of it"
             )
-        self.needs = _checked_needs(vision, method, self._first)
+        self.needs = needed(vision, method, self._first)
         self.spent = 0.0  # seconds that scoring and reducing took in the last forward
         self._last: list[Record] = []
         self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
@@ -147,7 +149,8 @@ class DecoderStage:
         groups = defaultdict(list)
         for row, place in zip(rows, places):
             groups[row.tile.grid, row.n, row.k].append((row, place))
-        view = None if all(row.k == row.n for row in rows) else _View(self, scene, places)
+        scene, everything = replace(scene, places=places), all(row.k == row.n for row in rows)
+        view = None if everything else View(self.vision.decoder, self._first, self.needs, scene)
         merged = [self._reduce_group(group, scene, view) for group in groups.values()]
         dropped, self._last, changes = torch.zeros_like(scene.real), [], []
         for row, place in zip(rows, places):
@@ -156,7 +159,8 @@ class DecoderStage:
             stay = place.columns[record.index]
             dropped[prompts, place.columns] = True
             dropped[prompts, stay] = False
-            record.entering = {"features": row.n, "decoder": len(record.source), self._where: len(stay)}
+            record.entering["decoder"] = len(record.source)
+            record.entering[f"layer {self._first}"] = len(stay)
             self._last.append(record)
             changes.append((prompts, stay, marked[record.index]))
         if any(merged):
@@ -166,7 +170,7 @@ class DecoderStage:
         self.spent = time.perf_counter() - start
         return hidden, dropped
 
-    def _reduce_group(self, group: list[tuple[Row, Place]], scene: Scene, view: _View | None) -> bool:
+    def _reduce_group(self, group: list[tuple[Row, Place]], scene: Scene, view: View | None) -> bool:
         """Rows of one grid and one budget: the method sees them as one batch. Whether it merged any."""
         row, _ = group[0]
         x = torch.stack([scene.hidden[place.row, place.columns[own.tile.slots]] for own, place in group])
@@ -184,61 +188,6 @@ class DecoderStage:
         for i, (own, _) in enumerate(group):
             own.index, own.source, own.new = reduction.index[i], reduction.source[i], new[i]
         return not reduction.pruned
-
-    @property
-    def _where(self) -> str:
-        return f"layer {self._first}"
-
-
-class _View:
-    """A prompt in front of the layer as methods see it."""
-
-    def __init__(self, stage: DecoderStage, scene: Scene, places: list[Place]):
-        decoder = stage.vision.decoder
-        with torch.no_grad():
-            self.x = decoder.norm(scene.hidden.detach())  # (B, L, D)
-        self.keys, self.needs = scene.keys, stage.needs
-        self.layer, self.depth = stage._first, len(decoder.layers)
-        self.text = scene.real & ~image_columns(places, scene.real)  # (B, L)
-
-    def tokens(self, group: list[tuple[Row, Place]]) -> Tokens:
-        rows, places = zip(*group)
-        device = self.x.device
-        where = [place.columns[row.tile.slots] for row, place in group]  # (n,) each
-        return Tokens(
-            torch.stack([self.x[place.row, own] for place, own in zip(places, where)]),  # (R, n, D)
-            grid=rows[0].tile.grid,
-            group=torch.tensor([row.image for row in rows], device=device),
-            lot=torch.stack([row.lot for row in rows]).to(device),
-            thumbnail=torch.tensor([row.tile.thumbnail for row in rows], device=device),
-            layer=self.layer,
-            depth=self.depth,
-            extras={**self._keys(places, where), **self._text(places)},
-        )
-
-    def _keys(self, places: tuple[Place, ...], where: list[Tensor]) -> dict[str, Tensor]:
-        if not {"keys", "all_keys"} & self.needs:
-            return {}
-        keys = torch.stack([self.keys[p.row, own] for p, own in zip(places, where)])[:, None]
-        found = {"keys": keys.mean(dim=3), "all_keys": keys.flatten(3)}  # keys (R, 1, n, heads, d)
-        return {kind: found[kind] for kind in found.keys() & self.needs}
-
-    def _text(self, places: tuple[Place, ...]) -> dict[str, Tensor]:
-        found = {}
-        where = [self.text[place.row].nonzero()[:, 0] for place in places]  # (T,) each
-        if "text" in self.needs:
-            after = [own > place.columns[-1] for own, place in zip(where, places)]
-            found["text"] = _padded([self.x[place.row, own] for place, own in zip(places, where)])
-            found["text_mask"] = _padded([torch.ones_like(own) for own in after])
-            found["text_after"] = _padded([own if bool(own.any()) else ~own for own in after])
-        if "text_keys" in self.needs:
-            keys = [self.keys[place.row, own].flatten(1) for place, own in zip(places, where)]
-            found["text_keys"] = _padded(keys)[:, None]  # (R, 1, T, heads * d)
-        return found
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # with zeros
 
 
 def _row(image: int, place: Place, keep: Keep) -> Row:
@@ -263,23 +212,6 @@ def _resolved(layer: Any, vision: Vision) -> int:
             f"{depth - 1}, or a fraction of the depth"
         )
     return first
-
-
-def _checked_needs(vision: Vision, method: Method, layer: int) -> set[str]:
-    """The kinds that the method needs here. Raises ValueError for one that does not exist."""
-    own = getattr(method, "decoder_needs", None)
-    needs: tuple[Need, ...] = method.needs if own is None else own
-    unknown = sorted({need.kind for need in needs if need.kind not in KINDS or need.view != "own"})
-    if unknown or method.lowers_resolution:
-        what = ", ".join(unknown) or "a picture of lower resolution"
-        raise ValueError(
-            f"method '{method.name}' needs {what}, which does not exist inside of a decoder: use "
-            "stage='features', or a method that needs nothing but features"
-        )
-    kinds = {need.kind for need in needs}
-    if kinds - {"text"} and (reason := refusal(vision.decoder.layers[layer - 1].self_attn)):
-        raise ValueError(f"method '{method.name}' needs keys of decoder layer {layer - 1}: {reason}")
-    return kinds
 
 
 # -- the model's methods that make features

@@ -20,13 +20,13 @@ def join(output: Any, key: str, deep: str | None) -> tuple[Tensor, int]:
     """All tokens (N, D + deep ones) and D. Features of the same token for deeper layers stand beside it, so
     that they are kept, averaged and dropped with it."""
     flat = [_flatten(value) for value in _values(output, key, deep)]
-    return torch.cat(flat, dim=1), flat[0].shape[1]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), flat[0].shape[1]
 
 
 def put(output: Any, key: str, deep: str | None, tokens: Tensor) -> None:
     """Writes tokens (N, D + deep ones) into the fields that `join` read."""
     values = _values(output, key, deep)
-    parts = tokens.split([_flatten(value).shape[1] for value in values], dim=1)
+    parts = tokens.split([_width(value) for value in values], dim=1)
     main, *rest = [_like(value, part) for value, part in zip(values, parts)]
     old = output[key]
     output[key] = [(layer, new) for (layer, _), new in zip(old, [main, *rest])] if _numbered(old) else main
@@ -54,6 +54,10 @@ def _flatten(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(-1, value.shape[-1])
     return torch.cat([_flatten(part) for part in value])
+
+
+def _width(value: Any) -> int:
+    return value.shape[-1] if isinstance(value, Tensor) else _width(value[0])
 
 
 def _like(old: Any, flat: Tensor) -> Any:

@@ -79,16 +79,25 @@ class Groups:
         mean = (size * images).sum(dim=1, keepdim=True) / count  # (B, 1)
         return cls(size, torch.where(images, mean, 1.0), position)
 
+    @classmethod
+    def none(cls, like: Tensor) -> Groups:
+        """Of no keys, for rows of `like` (B, ...)."""
+        size = torch.ones(len(like), 0, dtype=torch.long, device=like.device)
+        return cls(size, size.float(), size)
+
     def map(self, move: Callable[[Tensor], Tensor]) -> Groups:
         return Groups(move(self.size), move(self.even), move(self.position))
 
-    def lengthened(self, n: int, start: Tensor, past: int) -> Groups:
-        """With what stands behind them, text whose positions go on: `start` (B, 1) is that of key `past`."""
-        more = n - self.size.shape[1]
-        key = torch.arange(n - more, n, device=start.device)
-        position = torch.cat([self.position, start + key - past], dim=1)
-        return Groups(F.pad(self.size, (0, more), value=1), F.pad(self.even, (0, more), value=1.0), position)
-
-    def followed(self, new: Groups) -> Groups:
+    def followed_by(self, new: Groups) -> Groups:
         parts = (self.size, new.size), (self.even, new.even), (self.position, new.position)
         return Groups(*(torch.cat(pair, dim=1) for pair in parts))
+
+    def followed_by_text(self, positions: Tensor) -> Groups:
+        """With what stands behind them: text, of which the last columns of positions (B, n) are."""
+        new = positions[:, self.size.shape[1] :]
+        size = torch.ones_like(new)
+        return self.followed_by(Groups(size, size.float(), new))
+
+    def padded(self, n: int) -> Groups:
+        """To the length of a cache with places to spare."""
+        return self.map(lambda part: F.pad(part, (0, n - part.shape[1]), value=1))

@@ -8,7 +8,6 @@ model's own loop over its layers hands on is for the full prompt.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,29 +20,14 @@ from ..hosts.host import Layout
 from ..taps import Call, Tap
 from ..threads import ByThread
 from ..tokens import gather
-from .blocks import BlockMasks
+from .alike import unknown_attention
 from .cache import kept_at_the_end, remember, remembered, state_of
 from .places import Place, find_places
 from .plan import PER_TOKEN, Plan, mask2d, routed, take, valid_tokens
+from .scene import Scene
 from .uneven import Uneven, attach, deeper_mask, mark_fitted, shrink_deeper, uneven
 
 _GATHERED = {"position_ids", "position_embeddings"} | PER_TOKEN
-
-
-@dataclass
-class Scene:
-    """What can be known of a prompt in front of the layer where tokens are cut.
-
-    hidden  (B, L, D) what leaves the layer before
-    keys    (B, L, heads, d) of that layer, rotated; None where nobody asked for them
-    real    (B, L) False for padding
-    places  where its images are
-    """
-
-    hidden: Tensor
-    keys: Tensor | None
-    real: Tensor
-    places: list[Place]
 
 
 # Gives hidden states, of which merged ones are new, and which tokens are dropped: (B, L, D), (B, L).
@@ -60,15 +44,21 @@ class _Call:
     foreign_mask: bool  # the model was given a mask of another form
     known_mask: bool  # and `mask` is what it was made of
     layouts: dict[str, list[Layout]] = field(default_factory=dict)  # of "image" and "video"
-    past: int = 0  # positions in the cache before
-    real: Tensor | None = None  # (B, L), set when the decoder is entered
-    places: list[Place] = field(default_factory=list)
-    keys: Tensor | None = None
-    dropped: Tensor | None = None  # (B, L)
+    entered: bool = False  # the decoder was
+    past: int = 0  # positions in the first layers of the cache before
+    length: int = 0  # of the prompt, L
+    real: Tensor | None = None  # (B, L) False for padding
+    places: list[Place] = field(default_factory=list)  # where the images are, if there are any
+    keys: Tensor | None = None  # (B, L, heads, d) of the layer before the cut
     plan: Plan | None = None
     state: Uneven | None = None  # what the cache will remember
     mask4d: Any = None  # of the deeper layers
     uneven: bool = False  # deeper layers need what is theirs
+
+    @property
+    def before(self) -> Tensor | None:
+        """The mask of what is in the cache."""
+        return None if self.mask is None else self.mask[:, : self.mask.shape[1] - self.length]
 
 
 class LayerCut:
@@ -157,16 +147,14 @@ class LayerCut:
         call, x, cache = self._calls.get(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if call is None or x is None:
             return
-        if call.real is not None:  # an exception ended that call, and the decoder is run by itself
+        if call.entered:  # an exception ended that call, and the decoder is run by itself
             self._calls.pop()
             return
         self._check(call, cache)
-        call.past = 0 if cache is None else int(cache.get_query_offset())
-        if call.mask is not None:
-            call.mask = call.mask.to(x.device)
-        call.real = valid_tokens(kwargs.get("attention_mask"), call.mask, call.past, x)
-        call.uneven = uneven(cache) is not None
+        call.entered, call.uneven, call.length = True, uneven(cache) is not None, x.shape[1]
         mark_fitted(cache, True)
+        if call.mask is not None:
+            call.mask = call.mask.to(x.device)  # a model may be spread over devices
         if not call.vision:
             return
         if call.ids is None:
@@ -174,6 +162,8 @@ class LayerCut:
                 "stage 'decoder' reads off input_ids which tokens are of an image: give them in place of "
                 "inputs_embeds, or compress at stage 'features'"
             )
+        call.past = 0 if cache is None else int(cache.get_query_offset())
+        call.real = valid_tokens(kwargs.get("attention_mask"), call.mask, call.past, x)
         call.places = find_places(call.ids.to(x.device), call.layouts, self.vision.model.config)
         if self._tap:
             self._tap.follow()
@@ -207,17 +197,19 @@ class LayerCut:
 
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = self._calls.get()
-        if call is None or call.real is None or not (call.places or call.uneven):
+        if call is None or not (call.places or call.uneven):
             return None
         hidden, given = self._arguments(args, kwargs)
         if module is self._layers[self.layer]:
-            hidden = self._begin(call, hidden, given)
+            hidden = self._cut(call, hidden, given) if call.places else hidden
+            if call.uneven and call.plan is None:
+                self._go_on(call, hidden, given.get("past_key_values"))
         if not call.uneven:
             return None
         given = {**given, "attention_mask": call.mask4d}
         if call.plan is not None:
             for name in _GATHERED & given.keys():
-                given[name] = _cut(given[name], call.plan.index, name)
+                given[name] = _gathered(given[name], call.plan.index, name)
         return (hidden,), given
 
     def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
@@ -225,36 +217,43 @@ class LayerCut:
         return given.pop(self._names[0]), given
 
     @torch.compiler.disable
-    def _begin(self, call: _Call, hidden: Tensor, given: dict) -> Tensor:
-        """Cuts tokens out where there are images, and makes the mask of the deeper layers."""
-        cache, keep = given.get("past_key_values"), None
-        if call.places:
-            scene = Scene(hidden, call.keys, call.real, call.places)
-            hidden, call.dropped = self.choose(scene)
-            keep = call.real & ~call.dropped
-            call.keys = None
-        state = uneven(cache)
-        past = 0 if cache is None else int(cache.get_query_offset(self.layer))
-        new, before = call.real, call.mask
-        if call.mask is not None:
-            before = call.mask[:, : call.mask.shape[1] - len(new[0])]
-        if keep is not None and bool(call.dropped.any()):
-            self._refuse(call, given, hidden.shape[1], past)
-            plan = call.plan = Plan.of(keep, pad_left=bool(new[:, -1].all()))
-            fewer = new.shape[1] - plan.k
-            shrunk = shrink_deeper(cache, self.layer, by=fewer)
-            hidden = gather(hidden, plan.index).masked_fill(~plan.real[..., None], 0)  # (B, K, D)
-            mask = deeper_mask(state, past, before, plan.real, padded=not bool(plan.real.all()))
-            if state is not None:
-                fewer, shrunk = fewer + state.fewer, shrunk + state.shrunk
-            fixed = call.past + new.shape[1] - kept_at_the_end(keep)
-            call.state = Uneven(self.layer, fewer, past + plan.k, mask, shrunk, fixed)
-            call.uneven = True
-        elif call.uneven:
-            mask = deeper_mask(state, past, before, new, padded=False)
-        if call.uneven:
-            call.mask4d = self._mask4d(hidden, mask, cache)
+    def _cut(self, call: _Call, hidden: Tensor, given: dict) -> Tensor:
+        """Takes out what the method drops: (B, L, D) -> (B, K, D). Makes the masks of the deeper layers."""
+        cache, real = given.get("past_key_values"), call.real
+        hidden, dropped = self.choose(Scene(hidden, call.keys, real, call.places))
+        call.keys = None
+        if not bool(dropped.any()):
+            return hidden
+        state, past = uneven(cache), self._past(cache)
+        self._refuse(call, given, past)
+        keep, length = real & ~dropped, real.shape[1]
+        plan = call.plan = Plan.of(keep, pad_left=bool(real[:, -1].all()))
+        shrunk = shrink_deeper(cache, self.layer, by=length - plan.k)
+        mask = deeper_mask(state, past, call.before, plan.real, padded=not bool(plan.real.all()))
+        hidden = gather(hidden, plan.index).masked_fill(~plan.real[..., None], 0)
+        call.uneven, call.mask4d = True, self._mask4d(hidden, mask, cache)
+        call.state = Uneven(
+            self.layer,
+            fewer=length - plan.k + (state.fewer if state else 0),
+            length=past + plan.k,
+            mask=mask,
+            shrunk=shrunk + (state.shrunk if state else 0),
+            fixed=call.past + length - kept_at_the_end(keep),
+        )
         return hidden
+
+    def _go_on(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+        """Nothing is cut, but the deeper layers of the cache are shorter already."""
+        batch, length, _ = hidden.shape
+        new = hidden.new_ones(batch, length, dtype=torch.bool)
+        if call.mask is not None:
+            new = call.mask[:, -length:].bool()
+        mask = deeper_mask(uneven(cache), self._past(cache), call.before, new, padded=False)
+        call.mask4d = self._mask4d(hidden, mask, cache)
+
+    def _past(self, cache: Any) -> int:
+        """How many positions the deeper layers hold."""
+        return 0 if cache is None else int(cache.get_query_offset(self.layer))
 
     def _mask4d(self, hidden: Tensor, mask: Tensor | None, cache: Any) -> Any:
         from transformers.masking_utils import create_causal_mask
@@ -267,7 +266,7 @@ class LayerCut:
             layer_idx=self.layer,
         )
 
-    def _refuse(self, call: _Call, given: dict, length: int, past: int) -> None:
+    def _refuse(self, call: _Call, given: dict, past: int) -> None:
         if past and not call.known_mask:
             raise ValueError(
                 "which tokens of this static cache are padding is not known, because generate() of a wrapper "
@@ -281,7 +280,7 @@ class LayerCut:
             )
         for name, value in given.items():
             unknown = name not in _GATHERED | {"attention_mask"} and isinstance(value, Tensor)
-            if unknown and length in value.shape:
+            if unknown and call.real.shape[1] in value.shape:
                 raise ValueError(
                     f"the decoder layers of {self.vision.host.name} are given '{name}' of shape "
                     f"{tuple(value.shape)}, one entry per token, which vtc cannot shorten: compress at stage "
@@ -302,7 +301,7 @@ class LayerCut:
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call, cache = self._calls.get(), kwargs.get("past_key_values")
         mark_fitted(cache, False)
-        if call is None or call.real is None:
+        if call is None or not call.entered:
             return None
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if call.plan is None:
@@ -328,12 +327,12 @@ class LayerCut:
 LAYOUTS = "_vtc_layouts"  # on what get_image_features returned: how its features lie
 
 
-def _cut(value: Any, index: Tensor, name: str) -> Any:
+def _gathered(value: Any, index: Tensor, name: str) -> Any:
     """What there is one of for each token of the prompt, for those at index (B, K)."""
     if value is None:
         return None
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(part, index, name) for part in value)
+        return type(value)(_gathered(part, index, name) for part in value)
     index = index.to(value.device)
     if name == "position_ids":
         return take(value, index)  # (..., B or 1, L)
@@ -343,68 +342,3 @@ def _cut(value: Any, index: Tensor, name: str) -> Any:
         return value.gather(-2, wide)
     rows = torch.arange(len(index), device=index.device)[:, None]
     return value.expand(len(index), *value.shape[1:])[rows, index]
-
-
-# -- which models this works on
-
-
-def unsupported(vision: Vision, layer: int) -> str | None:
-    """Why tokens cannot be cut in front of that decoder layer of a model, or None where they can."""
-    host, decoder, config = vision.host, vision.decoder, vision.decoder.config
-    if host.memory or host.reader:
-        return "its decoder has no images in its prompt"
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
-        kinds = {"sliding_attention"}
-    if kinds:
-        return f"its decoder has layers of {', '.join(sorted(kinds))}, and not of full attention alone"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers of its decoder share keys, which must then be of the same tokens"
-    if BlockMasks.of(vision).build is not None:
-        return "tokens of an image see each other in its decoder"
-    if not _is_built_alike(decoder):
-        return f"{type(decoder).__name__} is not built as vtc knows it"
-    if reason := unknown_attention(config._attn_implementation or "eager"):
-        return reason
-    deep = _deep_layers(vision)
-    if deep is None:
-        return "its early decoder layers are given features of images"
-    if layer < deep:
-        return (
-            f"its first {deep} decoder layers are given features of images: decoder_layer={deep} is the first"
-        )
-    return None
-
-
-def unknown_attention(implementation: str) -> str | None:
-    """Other kernels read borders of prompts off positions with gaps, or take masks of their own."""
-    if implementation.removeprefix("vtc|") in ("sdpa", "eager"):
-        return None
-    return (
-        f"stage 'decoder' does not work with {implementation}: load the model with attn_implementation='sdpa'"
-    )
-
-
-def _is_built_alike(decoder: nn.Module) -> bool:
-    from transformers import masking_utils
-
-    family = sys.modules[type(decoder).__module__]
-    layers, needed = getattr(decoder, "layers", None), {"attention_mask", "past_key_values"}
-    return (
-        getattr(family, "create_causal_mask", None) is masking_utils.create_causal_mask
-        and isinstance(layers, nn.ModuleList)
-        and all(needed <= inspect.signature(type(layer).forward).parameters.keys() for layer in layers)
-        and all(isinstance(getattr(layer, "self_attn", None), nn.Module) for layer in layers)
-        and isinstance(getattr(decoder, "norm", None), nn.Module)
-    )
-
-
-def _deep_layers(vision: Vision) -> int | None:
-    """How many of the first layers are given features of images beside the prompt; None: nobody says."""
-    if vision.host.features == "deepstack_features":
-        return None
-    if vision.host.deep is None:
-        return 0
-    configs = (vision.encoder.tower.config, getattr(vision.base.config, "vision_config", None))
-    indices = (getattr(config, "deepstack_visual_indexes", None) for config in configs)
-    return next((len(own) for own in indices if own is not None), None)

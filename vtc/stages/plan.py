@@ -86,10 +86,11 @@ def text_row(positions: Tensor) -> Tensor:
     return positions if positions.dim() == 2 else positions[0]
 
 
-def first_position(positions: Tensor, valid: Tensor) -> Tensor:
-    """Where the first token of each row that is no padding stands, by valid (B, L): (B, 1)."""
-    row = text_row(positions).to(valid.device).expand(len(valid), -1)
-    return row.gather(1, valid.long().argmax(dim=1, keepdim=True))
+def count_back(last: Tensor, real: Tensor) -> Tensor:
+    """Positions of keys that are counted one by one, padding left out, up to `last` (B,); which keys are no
+    padding is `real` (B, n): (B, n)."""
+    count = real.long().cumsum(dim=1)
+    return last.to(real.device)[:, None] - count[:, -1:] + count
 
 
 def shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:

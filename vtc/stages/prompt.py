@@ -75,8 +75,8 @@ class Prompt:
         self._ids = {kind: number for kind, number in found.items() if number is not None}
         if "image" not in self._ids or "input_ids" not in self._parameters:
             raise ValueError(
-                f"{name} does not tell which tokens of its prompt are an image's, so that its words cannot be "
-                "told from them: use a method that does not read the question"
+                f"{name} does not tell which tokens of its prompt are an image's, so that its words cannot "
+                "be told from them: use a method that does not read the question"
             )
         self._forward: ByThread[_Given] = ByThread()
         self._generate: ByThread[_Given] = ByThread()

@@ -26,6 +26,7 @@ class Reducer:
     ):
         self.stage, self.method = stage, stage.method
         self.features, self.width, self.recorded = features, width, recorded
+        self._stacked: dict[tuple[int, ...], Tensor] = {}  # by the rows of a group
 
     def choose(self, rows: list[Row]) -> None:
         """Lowers the budgets of the rows to what this picture needs, where that is asked for."""
@@ -58,10 +59,12 @@ class Reducer:
                     reduction = self.stage.merge.extend(features, reduction.ascending())
             if not (reduction.ordered and self.stage.positions == "repack"):
                 reduction = reduction.ascending()
-            new = reduction.apply(x)  # (R, k, D and more)
             if projected:
                 merged = self.stage.projection.project(reduction.apply(self._vision(group)))
-                new = torch.cat([merged.to(new.dtype), new[..., self.width :]], dim=-1)
+                others = reduction.apply(x[..., self.width :])
+                new = torch.cat([merged.to(x.dtype), others], dim=-1)  # (R, k, D and more)
+            else:
+                new = reduction.apply(x)
             reduction = reduction.ascending()
         for i, row in enumerate(group):
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
@@ -86,7 +89,18 @@ class Reducer:
         return tokens
 
     def _stack(self, group: list[Row]) -> Tensor:
-        return torch.stack([self.features[row.image][row.tile.slots] for row in group])
+        key = tuple(map(id, group))
+        if key not in self._stacked:
+            self._stacked[key] = torch.stack([self._of(row) for row in group])
+        return self._stacked[key]
+
+    def _of(self, row: Row) -> Tensor:
+        """(n, D and more); a slice where its tokens lie one behind the other, which needs no copy."""
+        feature, slots = self.features[row.image], row.tile.slots
+        if bool((slots.diff() == 1).all()):
+            first = int(slots[0])
+            return feature[first : first + len(slots)]
+        return feature[slots]
 
     def _vision(self, group: list[Row]) -> Tensor:
         """What the projector was given: (R, n, D')."""

@@ -41,7 +41,7 @@ from .plan import (
     PER_TOKEN,
     VISUAL,
     Plan,
-    first_position,
+    count_back,
     joined,
     marked_tokens,
     mask2d,
@@ -229,15 +229,15 @@ class Shortening:
         self._refuse_masks(call, cache)
         past, tail = physical_length(cache), mask2d(mask) if call.mask is None else call.mask
         positions = kwargs.get("position_ids")
-        if positions is None:
+        if positions is None and (state.shift is not None or state.groups is not None):
             positions = torch.arange(x.shape[1], device=x.device)[None] + cache.get_seq_length()
         if state.shift is not None:
             positions = positions - state.shift.to(positions.device)[:, None]
             kwargs = {**kwargs, "position_ids": positions}
         types = self._masks.whole(call.types, state, x, past)
-        if not (state.mask is None and tail is None and types is None and not call.foreign_mask):
-            mask = physical_mask(cache, state, tail, x.shape[1])
-            kwargs = self._masks.apply({**kwargs, "attention_mask": mask}, types)
+        real = physical_mask(cache, state, tail, x.shape[1])  # (B, past + q)
+        if real is not None or types is not None or call.foreign_mask:  # else nothing is padding
+            kwargs = self._masks.apply({**kwargs, "attention_mask": real}, types)
         if state.groups is None:
             return kwargs
         if self._bias is None:
@@ -245,8 +245,11 @@ class Shortening:
                 "this cache holds merged tokens, which attention is to be biased for: go on from it with the "
                 "merge= that it was made with"
             )
-        start = first_position(positions, valid_tokens(None, tail, past, x))
-        return self._bias.apply(kwargs, state.groups, positions, past, start, reads=False)
+        real = torch.ones(len(x), past + x.shape[1]).bool() if real is None else real
+        real, positions = real.to(x.device), positions.to(x.device)
+        last = text_row(positions).masked_fill(~real[:, past:], 0).amax(dim=1)  # (B,)
+        groups = state.groups.followed_by_text(count_back(last, real))
+        return self._bias.apply(kwargs, groups, positions, reads=False)
 
     @torch.compiler.disable
     def _shorten(self, call: _Call, kwargs: dict, dropped: Tensor) -> dict:
@@ -276,7 +279,7 @@ class Shortening:
             raise ValueError(
                 "several prompts packed into one row cannot be compressed: give each its own row, padded"
             )
-        start = first_position(positions, valid) - (0 if state.shift is None else state.shift[:, None])
+        counted = text_row(positions).to(x.device)  # (B or 1, L)
         positions, shift = take(positions.to(x.device), plan.index), state.shift  # (..., B, K)
         if self.repack:
             gone = (valid & dropped).long().cumsum(dim=1)  # (B, L) dropped tokens up to each position
@@ -290,7 +293,14 @@ class Shortening:
         removed = state.removed + length - plan.k
         fixed = past + plan.k - kept_at_the_end(keep)
         padded = state.padded or not bool(valid.all())
-        groups = self._groups(call, x, plan, positions, state, past, start) if self._bias else None
+        groups = None
+        if self._bias:
+            end = past + state.removed + length
+            first = counted.masked_fill(~valid, end).amin(dim=1)  # (B,) where the tokens of x begin
+            first = first if state.shift is None else first - state.shift
+            real = valid.new_ones(len(x), past) if old is None else old
+            groups = (state.groups or Groups.none(x)).followed_by_text(count_back(first - 1, real))
+            groups = groups.followed_by(self._groups(call, x, plan, text_row(positions)))
         call.state = CacheState(
             removed, past + plan.k, short_mask, shrunk, shift, types, fixed, padded, groups
         )
@@ -310,19 +320,10 @@ class Shortening:
         if "logits_to_keep" in kwargs:  # in Gemma 4 its last layers leave out what they count as the others
             short["logits_to_keep"] = 0
         short = self._masks.apply(short, types)
-        return self._bias.apply(short, groups, positions, past, start, reads=True) if self._bias else short
+        return self._bias.apply(short, groups, positions, reads=True) if self._bias else short
 
-    def _groups(
-        self,
-        call: _Call,
-        x: Tensor,
-        plan: Plan,
-        positions: Tensor,
-        state: CacheState,
-        past: int,
-        start: Tensor,
-    ) -> Groups:
-        """Of all keys: those in the cache and the K new ones, which are at `positions` (..., B, K)."""
+    def _groups(self, call: _Call, x: Tensor, plan: Plan, positions: Tensor) -> Groups:
+        """Of the tokens of x (B, L, D) that stay, which are at `positions` (B, K)."""
         if call.images is None:
             raise ValueError(
                 "which embeddings are an image's is not known without input_ids, and sizes of merged tokens "
@@ -330,10 +331,8 @@ class Shortening:
             )
         images = call.images.to(x.device)
         sizes = read_sizes(x, call.marked, images).gather(1, plan.index)  # (B, K)
-        real = images.gather(1, plan.index) & plan.real
-        new = Groups.of(torch.where(plan.real, sizes, 1), real, text_row(positions))
-        old = state.groups or new.map(lambda part: part[:, :0])
-        return old.lengthened(past, start, past).followed(new)
+        kept = images.gather(1, plan.index) & plan.real
+        return Groups.of(torch.where(plan.real, sizes, 1), kept, positions)
 
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
