@@ -1,4 +1,5 @@
-"""What holds for every method on every host."""
+"""What holds for every method on hosts of LLaVA. With a method of each kind on all other hosts:
+tests/test_families.py; for every method on tensors alone: tests/test_every_method.py."""
 
 import copy
 
@@ -7,74 +8,78 @@ import pytest
 import torch
 from footprint import footprint
 from oracle import marked_features
+from served import KINDS, chooses, form
 from tiny import SUPPRESS, build
 from tiny.llava import LLAVA
 
 import vtc
+from vtc.tokens import count_kept
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": SUPPRESS}
+MODELS = {name: build(name) for name in LLAVA}
+# Every method where a row is a whole picture, with CLS and without, and where it is a tile; a method of each
+# kind where CLS is a token as well, and for tiles without CLS.
+ALL = ("llava-clip", "llava-siglip", "llava_next-clip")
+METHODS = vtc.list_methods("features")
 
 
-def works(method: str, host: str) -> bool:
-    return method != "vtc-cls" or "siglip" not in host
+def pairs(hosts=LLAVA, methods=METHODS):
+    return [
+        (method, host)
+        for method in methods
+        for host in hosts
+        if (host in ALL or method in KINDS) and form(method, MODELS[host][0])
+    ]
 
 
-PAIRS = [(method, host) for method in vtc.list_methods("features") for host in LLAVA if works(method, host)]
+def on(hosts=LLAVA, methods=METHODS):
+    return pytest.mark.parametrize("method, host", pairs(hosts, methods))
 
 
-@pytest.fixture(scope="module")
-def hosts():
-    return {name: build(name) for name in LLAVA}
+def compressed(model, method, keep=0.4, adaptive=False, **more):
+    """In a form that this host can serve; unless adaptive with exactly as many tokens as `keep` says."""
+    rule, settings = form(method, model, adaptive=adaptive)
+    return vtc.compress(model, rule, keep=keep, stage="features", **settings, **more)
 
 
-@pytest.fixture
-def pair(request, hosts):
-    method, host = request.param
-    return method, *hosts[host]
-
-
-def methods_on_hosts(function):
-    return pytest.mark.parametrize("pair", PAIRS, indirect=True, ids="-".join)(function)
-
-
-@methods_on_hosts
-def test_keep_one_is_identity(pair):
-    method, model, make_inputs = pair
+@on()
+def test_keep_one_is_identity(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((2, 1), pads=1)
     with torch.no_grad():
-        logits, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-        with vtc.compress(model, method, keep=1.0, stage="features") as handle:
+        logits = model(**inputs).logits
+        tokens = model.generate(**inputs, **GREEDY) if method in KINDS else None
+        with compressed(model, method, keep=1.0, adaptive=True) as handle:
             assert torch.equal(model(**inputs).logits, logits)
-            assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
             assert all(record.entering["decoder"] == record.entering["features"] for record in handle.last)
+            if method in KINDS:
+                assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
 
 
-@methods_on_hosts
-def test_remove_leaves_nothing(pair):
-    method, model, make_inputs = pair
+@on()
+def test_remove_leaves_nothing(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1,))
     with torch.no_grad():
         logits = model(**inputs).logits
         before = footprint(model)
-        handle = vtc.compress(model, method, keep=0.4, stage="features")
+        handle = compressed(model, method)
         assert not torch.equal(model(**inputs).logits, logits)
         handle.remove()
         assert footprint(model) == before
         assert torch.equal(model(**inputs).logits, logits)
 
 
-@methods_on_hosts
-def test_exact_count(pair):
-    method, model, make_inputs = pair
+@on()
+def test_exact_count(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((2, 1))
-    fractions = [0.07, 1 / 3, 0.5, 0.9]
-    with vtc.compress(model, method, keep=0.5, stage="features") as handle, torch.no_grad():
-        tiled = "image_sizes" in inputs
-        counts = [] if method == "downsample" and tiled else [1, 5, 11, 10_000]
-        for keep in fractions + counts:
+    text = inputs["attention_mask"].sum(1) - (inputs["input_ids"] == 99).sum(1)
+    counts = [] if method == "downsample" and "image_sizes" in inputs else [1, 11, 10_000]
+    with compressed(model, method, keep=0.5) as handle, torch.no_grad():
+        for keep in (0.07, 0.9, *counts):
             handle.keep = keep
             out = model(**inputs, use_cache=True)
-            features = marked_features(model, inputs)
             for record in handle.last:
                 n = sum(len(tile.slots) for tile in record.tiles)
                 wanted = max(1, int(keep * n + 0.5)) if isinstance(keep, float) else min(keep, n)
@@ -82,20 +87,33 @@ def test_exact_count(pair):
                 assert len(record.index) == record.entering["decoder"] == full
                 assert (record.index.diff() > 0).all()
                 assert torch.equal(record.source[record.index], torch.arange(full))
-            total = sum(len(record.index) for record in handle.last)
-            assert int((~features[:, 0].isnan()).sum()) == total
-            text = inputs["attention_mask"].sum(1) - (inputs["input_ids"] == 99).sum(1)
             kept = [sum(len(r.index) for r in handle.last[:2]), len(handle.last[2].index)]
             longest = max(int(t) + k for t, k in zip(text, kept))
             assert out.past_key_values.layers[0].keys.shape[2] == longest
 
 
-@methods_on_hosts
-def test_batch_equals_single_runs(pair):
-    method, model, make_inputs = pair
+@on(methods=[method for method in METHODS if chooses(vtc.get_method(method))])
+def test_a_number_of_its_own_stays_below_keep(method, host):
+    model, make_inputs = MODELS[host]
+    inputs, found = make_inputs((2, 1)), []
+    with compressed(model, method, keep=0.9, adaptive=True) as handle, torch.no_grad():
+        for keep in (0.9, 5, 1):
+            handle.keep = keep
+            model(**inputs)
+            sizes = [sum(len(tile.slots) for tile in record.tiles) for record in handle.last]
+            for record, n in zip(handle.last, sizes):
+                assert 1 <= len(record.index) <= count_kept(keep, n)
+                assert torch.equal(record.source[record.index], torch.arange(len(record.index)))
+            found.append([len(record.index) for record in handle.last])
+        assert found[-1] == [1, 1, 1] and sum(found[0]) > 3
+
+
+@on()
+def test_batch_equals_single_runs(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1, 1), pads=0)
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with vtc.compress(model, method, keep=0.4, stage="features") as handle, torch.no_grad():
+    with compressed(model, method, adaptive=True) as handle, torch.no_grad():
         both = model(**inputs, position_ids=positions).logits
         records = handle.last
         tiles = 0
@@ -112,76 +130,127 @@ def test_batch_equals_single_runs(pair):
         assert tiles >= 2
 
 
-@methods_on_hosts
-def test_sdpa_and_eager_agree(pair):
-    method, model, make_inputs = pair
+@on(hosts=("llava-clip", "llava-siglip"))
+def test_sdpa_and_eager_agree(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1, 2), pads=1)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     assert eager.model.vision_tower.config._attn_implementation == "eager"
     results = []
-    for host in (model, eager):
-        with vtc.compress(host, method, keep=0.4, stage="features") as handle, torch.no_grad():
-            results.append((host(**inputs).logits, [record.index for record in handle.last]))
+    for each in (model, eager):
+        with compressed(each, method) as handle, torch.no_grad():
+            results.append((each(**inputs).logits, [record.index for record in handle.last]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@methods_on_hosts
-def test_half_precision_runs(pair, dtype):
-    method, model, make_inputs = pair
+@on()
+def test_half_precision_runs(method, host, dtype):
+    if dtype == torch.float16 and method not in KINDS:
+        return
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1, 1), pads=1)
     half = copy.deepcopy(model).to(dtype)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with vtc.compress(half, method, keep=0.4, stage="features") as handle, torch.no_grad():
+    with compressed(half, method) as handle, torch.no_grad():
         logits = half(**inputs).logits
         assert logits.dtype == dtype and logits.isfinite().all()
-        assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
         assert all(len(record.index) < len(record.source) for record in handle.last)
+        if method in KINDS:
+            assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
 
 
-@methods_on_hosts
-def test_gradients_flow(pair):
-    method, model, make_inputs = pair
+@on(hosts=("llava-clip", "llava_next-clip"))
+def test_gradients_flow(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1, 1), pads=1)
     pixels = inputs["pixel_values"].requires_grad_()
-    with vtc.compress(model, method, keep=0.4, stage="features"):
+    with compressed(model, method):
         model(**inputs).logits.square().mean().backward()
     assert pixels.grad.isfinite().all() and pixels.grad.abs().sum() > 0
     model.zero_grad()
 
 
-@pytest.mark.parametrize(
-    "pair", [p for p in PAIRS if p[0] != "tofu"], indirect=True, ids="-".join
-)  # whose groups are no means: tests/test_encoder_merges.py
-def test_merging_keeps_the_weighted_mean_and_pruning_copies(pair):
-    method, model, make_inputs = pair
-    inputs = make_inputs((1, 1))
-    if method == "downsample":
-        return check_downsample(model, inputs)
-    vision = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    with torch.no_grad():
-        bare = model.model.get_image_features(**vision, return_dict=True).pooler_output
-        with vtc.compress(model, method, keep=0.4, stage="features") as handle:
-            marked = model.model.get_image_features(**vision, return_dict=True).pooler_output
-    for old, new, record in zip(bare, marked, handle.last):
-        for slot, position in enumerate(record.index):
-            members = old[record.source == slot]
-            torch.testing.assert_close(new[position], members.mean(0), atol=1e-5, rtol=1e-5)
-            if len(members) == 1:
-                assert torch.equal(new[position], old[position])
-        if isinstance(vtc.get_method(method), vtc.Merge):
-            patches = torch.cat([tile.slots for tile in record.tiles])
-            counts = torch.bincount(record.source[patches], minlength=len(record.index))
-            mean = (new[record.index] * counts[:, None]).sum(0) / counts.sum()
-            torch.testing.assert_close(mean, old[patches].mean(0), atol=1e-4, rtol=1e-4)
+@on(methods=[method for method in METHODS if method != "downsample"])
+def test_the_features_are_what_the_reduction_says(method, host, monkeypatch):
+    model, make_inputs = MODELS[host]
+    calls, positions, kept = [], "repack" if method in KINDS else "keep", 0
+    with compressed(model, method, positions=positions) as handle, torch.no_grad():
+        rule = handle.plan[0][0]
+        reduce = type(rule).reduce
+
+        def spy(self, tokens, k):
+            calls.append((tokens, reduce(self, tokens, k)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(type(rule), "reduce", spy)
+        marked = seen_features(model, make_inputs((1, 1)))
+        for tokens, reduction in calls:
+            for row, image in enumerate(tokens.group.tolist()):
+                expected = restated(reduction, row, tokens.x[row])  # (k, D)
+                if rule.before_projector:
+                    expected = model.model.multi_modal_projector(expected.float()[None])[0].double()
+                features, index = marked[image].double(), reduction.index[row]
+                stays, tiles = ~features[:, 0].isnan(), handle.last[image].tiles
+                if len(tiles) == 1:  # in their places, or in their order in these places
+                    ordered, index = reduction.ordered and positions == "repack", tiles[0].slots[index]
+                    index = index.sort().values if ordered else index
+                    torch.testing.assert_close(features[index], expected, atol=1e-4, rtol=1e-4)
+                distance = torch.cdist(expected, features[stays], compute_mode=EXACT)
+                assert distance.amin(dim=1).max() < 1e-4
+                kept += len(expected)
+    everything = sum(int((~features[:, 0].isnan()).sum()) for features in marked)
+    assert 0 < kept <= everything  # tiles that keep all of theirs are not reduced
+    assert kept == everything or len(handle.last[0].tiles) > 1
 
 
-def check_downsample(model, inputs):
-    """The kept tokens are what the bare encoder and projector make of the smaller picture."""
+EXACT = "donot_use_mm_for_euclid_dist"
+
+
+def seen_features(model, inputs):
+    """What the decoder is to be given in a forward, dropped tokens marked, for each image (n, D)."""
+    base, found = model.model, []
+    run = base.get_image_features
+
+    def get_image_features(*args, **kwargs):
+        found.append(run(*args, **kwargs))
+        return found[-1]
+
+    base.get_image_features = get_image_features
+    model(**inputs)
+    base.get_image_features = run  # as compress() left it
+    return [features.clone() for features in found[0].pooler_output]
+
+
+def restated(reduction, row, x):
+    """What becomes of tokens x (N, D), slot by slot, in float64: (k, D)."""
+    x = x.double()
+    if reduction.mix is not None:
+        return reduction.mix[row].double() @ x
+    weight = torch.ones(len(x)) if reduction.weight is None else reduction.weight[row]
+    slots = []
+    for slot in range(reduction.k):
+        members = reduction.source[row] == slot
+        assert members.sum() == 1 or not reduction.pruned
+        own, shares = x[members], weight[members].double()[:, None]
+        if reduction.combine == "mlerp":
+            mean = own.mean(dim=0)
+            slots.append(mean / mean.norm() * own.norm(dim=1).max())
+        else:
+            total = (own * shares).sum(dim=0)
+            slots.append(total if reduction.combine == "sum" else total / shares.sum())
+    return torch.stack(slots)
+
+
+@on(methods=["downsample"])
+def test_downsample_shows_the_encoder_a_smaller_picture(method, host):
+    """The kept tokens are what the bare encoder and projector make of it."""
     from torch.nn.functional import interpolate
 
+    model, make_inputs = MODELS[host]
+    inputs = make_inputs((1, 1))
     pixels = inputs["pixel_values"]
     tiles = pixels if pixels.dim() == 4 else pixels.flatten(0, 1)
     small = interpolate(tiles, (16, 16), mode="bicubic", antialias=True)  # 2 x 2 patches of 8 pixels
@@ -194,23 +263,22 @@ def check_downsample(model, inputs):
         with vtc.compress(model, "downsample", keep=0.25):
             marked = marked_features(model, inputs)
     kept = marked[~marked[:, 0].isnan()]
-    exact = "donot_use_mm_for_euclid_dist"
-    distance = torch.cdist(kept, low, compute_mode=exact).amin(dim=1)
+    distance = torch.cdist(kept, low, compute_mode=EXACT).amin(dim=1)
     assert distance.max() < 1e-3
     first_image = kept[:4] if pixels.dim() == 4 else None
     if first_image is not None:
         torch.testing.assert_close(first_image, low[:4], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LLAVA)
-def test_an_exception_in_the_middle_leaves_nothing(name, hosts):
-    model, make_inputs = hosts[name]
+@on(methods=["tome", "slime", "visionzip"])
+def test_an_exception_in_the_middle_leaves_nothing(method, host):
+    model, make_inputs = MODELS[host]
     inputs = make_inputs((1,))
     with torch.no_grad():
         logits = model(**inputs).logits
         before = footprint(model)
         for where in (model.model.language_model.layers[1], model.model.vision_tower):
-            handle = vtc.compress(model, "tome", keep=0.4)
+            handle = compressed(model, method)
 
             def fail(*_):
                 raise KeyboardInterrupt
@@ -229,8 +297,8 @@ def test_an_exception_in_the_middle_leaves_nothing(name, hosts):
             assert torch.equal(model(**inputs).logits, logits)
 
 
-def test_handle_is_switch_budget_and_record(hosts):
-    model, make_inputs = hosts["llava-clip"]
+def test_handle_is_switch_budget_and_record():
+    model, make_inputs = MODELS["llava-clip"]
     inputs = make_inputs((1, 2))
     handle = vtc.compress(model, "tome", keep=0.5)
     with torch.no_grad():
@@ -247,17 +315,17 @@ def test_handle_is_switch_budget_and_record(hosts):
     handle.remove()  # a second time does no harm
 
 
-def test_every_picture_draws_its_own_lot(hosts):
+def test_every_picture_draws_its_own_lot():
     for name in ("llava-clip", "llava_next-clip"):
-        model, make_inputs = hosts[name]
+        model, make_inputs = MODELS[name]
         with vtc.compress(model, "random", keep=0.3) as handle, torch.no_grad():
             model(**make_inputs((2, 2)))
             thumbnails = [record.source[record.tiles[0].slots] >= 0 for record in handle.last]
             assert len({tuple(kept.tolist()) for kept in thumbnails}) == 4
 
 
-def test_a_plan_survives_json(hosts, tmp_path):
-    model, make_inputs = hosts["llava-clip"]
+def test_a_plan_survives_json(tmp_path):
+    model, make_inputs = MODELS["llava-clip"]
     inputs = make_inputs((1,))
     results = []
     with vtc.compress(model, "vtc-cls", keep=0.3, layers=(0, -2)) as handle, torch.no_grad():
@@ -268,10 +336,10 @@ def test_a_plan_survives_json(hosts, tmp_path):
     assert torch.equal(*results)
 
 
-def test_tiles_cover_the_picture(hosts):
+def test_tiles_cover_the_picture():
     """The boxes of LLaVA-NeXT's tiles fill a rectangle without gaps: the image and, since un-padding cuts
     whole tokens only, less than a token of padding on each side. The thumbnail shows all of the image."""
-    model, make_inputs = hosts["llava_next-clip"]
+    model, make_inputs = MODELS["llava_next-clip"]
     with vtc.compress(model, "uniform", keep=0.5) as handle, torch.no_grad():
         model(**make_inputs((2, 2)))
     for record in handle.last:

@@ -225,7 +225,8 @@ def test_parts_of_a_config_come_together_in_one_file(task, tmp_path, monkeypatch
     monkeypatch.setattr(script, "load_model", lambda name: (model, small_processor()))
     config = {
         "model": "models/tiny-llava", "tasks": [f"jsonl:{task}"], "keeps": [8], "repeats": 1,
-        "progress": False, "methods": ["uniform", ["divprune", {"merge": "restore"}], "pool"], "baselines": ["random"],
+        "progress": False, "baselines": ["random"],
+        "methods": ["uniform", ["divprune", {"merge": "restore"}], "pool"],
         "also": [{"methods": ["uniform", "fastervlm"], "keeps": [0.5]}],
     }  # fmt: skip
 

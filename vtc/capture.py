@@ -24,13 +24,19 @@ _ELEMENTS = 1 << 19  # attention weights held at once, or as many as queries: th
 
 
 class Capture:
-    """Records `needs` from an encoder during `recording()`; ValueError where the encoder cannot serve one."""
+    """Records `needs` from an encoder during `recording()`; ValueError where the encoder cannot serve one.
 
-    def __init__(self, encoder: Encoder, needs: tuple[Need, ...], method: str):
+    signal  whether the method has that option, by which it may do without CLS
+    """
+
+    def __init__(self, encoder: Encoder, needs: tuple[Need, ...], method: str, signal: bool = False):
         for need in inside(needs):
             if reason := missing(encoder, need):
+                other = "; with signal='mean_attention' it does without" if signal else ""
+                other = other if need.kind in OF_CLS and not encoder.has_cls else ""
                 raise ValueError(
-                    f"method '{method}' needs {reason}; methods that work here: {', '.join(working(encoder))}"
+                    f"method '{method}' needs {reason}{other}; methods that work here: "
+                    f"{', '.join(working(encoder))}"
                 )
         self.encoder = encoder
         self.kinds: dict[int, list[str]] = {}  # by layer

@@ -47,14 +47,14 @@ class CDPruner(Select):
         return (Need("text"),) if self.relevance == "prompt" else ()
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
+        x = tokens.x.float()
         if self.relevance == "none":
-            return volume(tokens.x, torch.ones_like(tokens.x[..., 0]), k)
+            return volume(x, torch.ones_like(x[..., 0]), k)
         asked = tokens.text_after.float()[..., None]  # (B, T, 1)
         words = (F.normalize(tokens.text.float(), dim=-1) * asked).sum(dim=1) / asked.sum(dim=1).clamp_min(1)
-        x = tokens.x.float()
         length = torch.linalg.vector_norm(x, dim=2).clamp_min(1e-12)
         cosine = (words[:, None] @ x.transpose(1, 2))[:, 0] / (-length if self.negate else length)  # (B, N)
         least, most = cosine.amin(dim=1, keepdim=True), cosine.amax(dim=1, keepdim=True)
         wide = most - least > 1e-6  # else all are alike and the difference is rounding
         worth = torch.where(wide, (cosine - least + 1e-6) / (most - least).clamp_min(1e-6), 1.0)
-        return volume(tokens.x, worth, k)
+        return volume(x, worth, k)

@@ -280,13 +280,13 @@ def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, 
     sources = {}
     # An image that is one row of the encoder has nothing to share.
     shares = vision.host.tiled or vision.host.video
-    needs = (*method.needs, *(allocate.needs if shares else ()))
+    needs, signal = (*method.needs, *(allocate.needs if shares else ())), hasattr(method, "signal")
     if vision.host.layout:
-        capture = Capture(vision.encoder, needs, method.name)
+        capture = Capture(vision.encoder, needs, method.name, signal)
         sources["get_image_features"] = _Source(vision.host.layout, capture)
     if vision.host.video:
         same = sources and vision.video_encoder is vision.encoder
-        capture = capture if same else Capture(vision.video_encoder, needs, method.name)
+        capture = capture if same else Capture(vision.video_encoder, needs, method.name, signal)
         sources["get_video_features"] = _Source(vision.host.video, capture)
     return sources
 
