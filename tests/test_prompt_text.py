@@ -236,6 +236,21 @@ def test_a_chat_is_asked_for_what_is_new(name, positions):
         ear.told(**by_name(new))
 
 
+@torch.no_grad()
+def test_a_chat_with_a_longer_second_turn():
+    """What is new may be given alone, though it would reach behind the cache if it were all of the chat."""
+    model, make_inputs = build("llava-clip")
+    first, second = make_inputs((0, 0)), make_inputs((1, 2), pads=1, side="right")
+    cache = model(**first, use_cache=True).past_key_values
+    assert cache.get_seq_length() < second["input_ids"].shape[1]
+    second["attention_mask"][0, 1] = 0
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    with Ear(model) as ear:
+        for call in (model, functools.partial(model.generate, **GREEDY)):
+            call(**{**second, "attention_mask": mask}, past_key_values=copy.deepcopy(cache))
+            ear.told(**by_name(second))
+
+
 def by_name(inputs):
     return {"ids": inputs["input_ids"], "mask": inputs["attention_mask"]}
 
