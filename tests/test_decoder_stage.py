@@ -566,6 +566,21 @@ def test_compiled_decoding_over_a_static_cache(llava):
     assert torch.equal(found, expected) and frames >= 1
 
 
+def test_routers_of_experts_are_heard_at_full_length():
+    """Their loss masks padding by the prompt's own mask."""
+    model, make_inputs = build("qwen3_vl_moe")
+    inputs = make_inputs((2, 1), pads=1)
+    bare = forward(model, inputs, output_router_logits=True).router_logits
+    with compressed(model) as handle, watched(handle) as dropped:
+        found = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+    stay = (inputs["attention_mask"].bool() & ~dropped[0]).flatten()
+    assert [x.shape for x in found.router_logits] == [x.shape for x in bare] and found.loss.isfinite()
+    close(found.router_logits[0], bare[0])
+    with unseen(model, 2, dropped[0]):
+        expected = forward(model, inputs, output_router_logits=True).router_logits
+    close(found.router_logits[2][stay], expected[2][stay])
+
+
 # -- caches
 
 
@@ -606,6 +621,20 @@ def test_cropping_text_works_and_cropping_into_the_image_is_refused(llava):
         close(model(**after, past_key_values=cache).logits, expected)
         with pytest.raises(ValueError, match="cannot crop 10 tokens"):
             cache.crop(-10)
+
+
+@torch.no_grad()
+def test_cropping_the_text_behind_the_images_of_a_batch(llava):
+    """Rows of one cache lost different numbers of tokens, but none behind the last image of any."""
+    model, make_inputs = llava
+    inputs = make_inputs(**MIXED)
+    ids, mask = inputs["input_ids"][:, -2:], inputs["attention_mask"]
+    with compressed(model):
+        out = model(**inputs)
+        cache = out.past_key_values
+        cache.crop(-2)
+        again = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    close(again, out.logits[:, -2:])
 
 
 def test_a_reused_static_cache_starts_anew(llava):

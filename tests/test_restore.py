@@ -368,6 +368,16 @@ def test_a_chat_goes_on_from_the_cache(host, rule, positions, pictures_first):
         torch.testing.assert_close(third[row, stay], oracle.logits()[before:], atol=1e-4, rtol=1e-4)
 
 
+def test_others_refuse_a_cache_of_merged_tokens(host):
+    model, make_inputs = host
+    with vtc.compress(model, "divprune", keep=0.3, merge="restore"):
+        _, cache, mask = add(model, make_inputs((1,)))
+    with pytest.raises(RuntimeError, match="compressed"):
+        add(model, words(3), copy.deepcopy(cache), mask)
+    with vtc.compress(model, "divprune", keep=0.3), pytest.raises(RuntimeError, match="merge="):
+        add(model, words(3), copy.deepcopy(cache), mask)
+
+
 def test_a_forward_that_fails_leaves_no_bias(host):
     model, make_inputs = host
     alone = make_inputs((0,))

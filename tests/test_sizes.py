@@ -2,37 +2,17 @@
 
 import pytest
 import torch
+from drawn import drawn
 from tiny import IMAGE, SIGLIP, build
 from tiny.llava import WHOLE, llava
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtc
-from vtc.capture import computed
+from vtc.capture import INSIDE, KINDS, computed
 from vtc.taps import Call
-from vtc.tokens import Tokens
 
-# downsample has a smaller image to show
-METHODS = [name for name in vtc.list_methods("features") if name != "downsample"]
-
-
-def tokens(batch, grid, width=8):
-    n = grid[0] * grid[1]
-    generator = torch.Generator().manual_seed(n)
-    x, keys = (torch.randn(batch, n, width, generator=generator) for _ in range(2))
-    rows = torch.rand(batch, 24, n, generator=generator)
-    extras = {"keys": keys[:, None], "cls_attention": rows, "mean_attention": rows[:, :2]}
-    return Tokens(x, grid, lot=torch.arange(batch), extras=extras)
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (3, 1), (1, 4)], ids=str)
-@pytest.mark.parametrize("method", METHODS)
-def test_images_of_a_few_tokens(method, grid):
-    few, n = tokens(2, grid), grid[0] * grid[1]
-    for k in range(1, n + 1):
-        reduction = vtc.get_method(method).reduce(few, k)
-        assert reduction.index.shape == (2, k) and (reduction.index.diff(dim=1) > 0).all()
-        assert torch.equal(reduction.source.gather(1, reduction.index), torch.arange(k).expand(2, k))
-        assert reduction.apply(few.x).isfinite().all()
+# atc and pitome compare all pairs of tokens at once, and say so; downsample has a smaller image to show.
+METHODS = [name for name in vtc.list_methods("features") if name not in ("atc", "pitome", "downsample")]
 
 
 class Largest(TorchDispatchMode):
@@ -48,19 +28,19 @@ class Largest(TorchDispatchMode):
         return out
 
 
-# atc and pitome compare all pairs of tokens at once, and say so.
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("atc", "pitome")])
+@pytest.mark.parametrize("method", METHODS)
 def test_memory_of_a_large_image(method):
-    many = tokens(1, (104, 104))
+    rule = vtc.get_method(method)
+    many = drawn(rule, batch=1, grid=(104, 104), width=8)
     with Largest() as largest:
-        reduction = vtc.get_method(method).reduce(many, 200)
+        reduction = rule.reduce(many, 200)
     assert reduction.k == 200
     assert largest.numbers < many.n**2 / 20
 
 
-@pytest.mark.parametrize("kind", ["mean_attention", "cls_attention", "cls_values", "keys"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in INSIDE])
 def test_memory_of_what_is_captured(kind):
-    heads, n = 16, 10_816
+    heads, n = 4, 10_816
     query, key, value = torch.randn(3, 1, heads, n, 4)
     with Largest() as largest:
         found = computed(kind, Call(query, key, value, 0.5, None), 0, 0)

@@ -46,8 +46,8 @@ class Restore(Nearest):
     place     where a group stands: "median", at its middle member; "kept", where the kept token stood
     sizes     adds the logarithm of a group's size to the logits of its key. In the first layer all groups of
               a prompt have their mean size
-    distance  adds log(2 - g(d)) to the logits of a query and a key d positions apart, g being the mean of
-              cos(d f) over the frequencies f of the decoder's rotary positions
+    distance  adds log(2 - g(d)) to the logits of a query and any key, text too, d positions apart, g being
+              the mean of cos(d f) over the frequencies f of the decoder's rotary positions
     tokens    "prompt": tokens behind the forward that reads the pictures, generated ones among them, get the
               sizes only, in all layers; "all": they are treated as those of the prompt, so that it makes no
               difference whether they come from a cache

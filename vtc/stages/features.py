@@ -61,7 +61,8 @@ class FeaturesStage:
         self.sources = _sources(vision, method, allocate)
         self.prompt = Prompt(vision) if around(method.needs, "text") else None
         front = method.before_projector or around(method.needs, "vision")
-        self.projection = Projection(vision) if front and not vision.host.late else None
+        own = not (vision.host.late or vision.host.memory)  # a projector between the encoder and the prompt
+        self.projection = Projection(vision) if front and own else None
         self.shortening = Shortening(vision, repack=positions == "repack", merge=merge)
         self.resolution = LowResolution(vision, self) if method.lowers_resolution else None
         self.late = LateProjector(vision.projector) if vision.host.late else None

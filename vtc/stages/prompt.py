@@ -172,7 +172,7 @@ class Prompt:
             if mask is None and not embedded:
                 mask = _no_padding(self.vision.model, arguments, tokens)
             past = 0 if cache is None else int(cache.get_seq_length())
-            if mask is None or embedded or mask.shape[1] == tokens.shape[1]:  # else it is what is new
+            if mask is None or mask.shape[1] == tokens.shape[1]:  # else it is what is new
                 tokens = tokens[:, past:] if past < tokens.shape[1] else tokens
         like = tokens if embedded else tokens[..., None]
         return tokens, valid_tokens(mask, mask2d(mask), physical_length(cache), like)

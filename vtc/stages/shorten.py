@@ -332,7 +332,7 @@ class Shortening:
         images = call.images.to(x.device)
         sizes = read_sizes(x, call.marked, images).gather(1, plan.index)  # (B, K)
         kept = images.gather(1, plan.index) & plan.real
-        return Groups.of(torch.where(plan.real, sizes, 1), kept, positions)
+        return Groups.of(sizes, kept, positions)
 
     def _count_slots(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Places in the shorter cache for layers that choose blocks of keys; rotary positions are apart."""
