@@ -10,8 +10,10 @@ from torch import nn
 import vtc
 from vtc.allocate import Allocation, get_allocation
 from vtc.capture import inside, missing
-from vtc.hosts import open_host
+from vtc.hosts import Vision, open_host
 from vtc.method import Method
+from vtc.stages.evidence import around
+from vtc.stages.prompt import Prompt
 
 # One method for each thing that a host can get wrong, together few enough for every host.
 KINDS = (
@@ -32,7 +34,7 @@ def form(name: str, model: nn.Module, video: bool = False, **options: Any) -> tu
     vision = open_host(model)
     encoder = vision.video_encoder if video else vision.encoder
     usual = vtc.get_method(name, **_known(vtc.get_method(name), options))
-    if usual.lowers_resolution and not encoder.resizable:
+    if (usual.lowers_resolution and not encoder.resizable) or not _read(vision, usual):
         return None
     for signal in ({}, {"signal": "mean_attention"}):
         rule = dataclasses.replace(usual, **_known(usual, signal))
@@ -46,6 +48,14 @@ def form(name: str, model: nn.Module, video: bool = False, **options: Any) -> tu
 def forms(model: nn.Module, names: tuple[str, ...] = KINDS, video: bool = False, **options: Any):
     found = (form(name, model, video, **options) for name in names)
     return [each for each in found if each]
+
+
+def _read(vision: Vision, rule: Method) -> bool:
+    """Whether the prompt can be read here, where that is asked for."""
+    try:
+        return not around(rule.needs, "text") or bool(Prompt(vision))
+    except ValueError:
+        return False
 
 
 def chooses(rule: Method) -> bool:

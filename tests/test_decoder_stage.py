@@ -450,6 +450,61 @@ def test_chat_goes_on_with_a_new_image(llava, rows):
     assert torch.equal(again, whole)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_chat_of_three_turns_with_padding_in_each(llava, static):
+    """Images, then text of different lengths, then an image in one row only: each turn is what all of it at
+    once gives."""
+    from transformers import StaticCache
+
+    model, make_inputs = llava
+    turns = [make_inputs((1, 1), pads=1), make_inputs((0, 0), seed=3), make_inputs((1, 0), seed=5)]
+    turns[1]["attention_mask"][1, :2] = 0
+    ids, mask = turns[0]["input_ids"][:, :0], turns[0]["attention_mask"][:, :0]
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100) if static else None
+    pictures = [[], []]  # of each row
+    ask = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    with compressed(model, method=ALONE, decoder_layer=1):
+        for turn in turns:
+            own = list(turn.get("pixel_values", []))
+            for row in range(len(own)):
+                pictures[row].append(own[row])
+            pixels = {"pixel_values": torch.stack(own)} if own else {}
+            ids = torch.cat([ids, turn["input_ids"]], dim=1)
+            mask = torch.cat([mask, turn["attention_mask"]], dim=1)
+            chat = {"input_ids": ids, "attention_mask": mask}
+            found = model.generate(**chat, **pixels, **ask, past_key_values=cache)
+            whole = model.generate(**chat, **ask, pixel_values=torch.stack([*pictures[0], *pictures[1]]))
+            assert torch.equal(found.sequences, whole.sequences)
+            close(torch.stack(found.logits), torch.stack(whole.logits))
+            cache, ids = found.past_key_values, found.sequences
+            mask = torch.cat([mask, torch.ones(2, STEPS, dtype=torch.long)], dim=1)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@torch.no_grad()
+def test_cropping_the_text_behind_the_images_of_a_batch(llava, turns):
+    """Rows of one cache lost different numbers of tokens, but none behind the last image of any. What comes
+    next begins with padding, which the mask of the deeper layers must not take for the text that is gone."""
+    model, make_inputs = llava
+    cache, mask = None, torch.ones(3, 0, dtype=torch.long)
+    with compressed(model):
+        for seed in range(turns):
+            inputs = make_inputs(**MIXED, seed=seed)
+            mask = torch.cat([mask, inputs["attention_mask"]], dim=1)
+            length = inputs["input_ids"].shape[1]
+            given = {**inputs, "attention_mask": mask, "position_ids": positions_of(mask)[:, -length:]}
+            out = model(**given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+        cache.crop(-2)
+        pad = torch.zeros(3, 1, dtype=torch.long)
+        ids = torch.cat([pad, inputs["input_ids"][:, -2:]], dim=1)
+        mask = torch.cat([mask[:, :-2], pad, mask[:, -2:]], dim=1)
+        found = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)[:, -3:], past_key_values=cache
+        )
+    close(found.logits[:, -2:], out.logits[:, -2:])
+
+
 def test_a_turn_that_begins_with_dropped_tokens(llava):
     """They repeat the last token of the turn before."""
     model, make_inputs = llava
@@ -621,20 +676,6 @@ def test_cropping_text_works_and_cropping_into_the_image_is_refused(llava):
         close(model(**after, past_key_values=cache).logits, expected)
         with pytest.raises(ValueError, match="cannot crop 10 tokens"):
             cache.crop(-10)
-
-
-@torch.no_grad()
-def test_cropping_the_text_behind_the_images_of_a_batch(llava):
-    """Rows of one cache lost different numbers of tokens, but none behind the last image of any."""
-    model, make_inputs = llava
-    inputs = make_inputs(**MIXED)
-    ids, mask = inputs["input_ids"][:, -2:], inputs["attention_mask"]
-    with compressed(model):
-        out = model(**inputs)
-        cache = out.past_key_values
-        cache.crop(-2)
-        again = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
-    close(again, out.logits[:, -2:])
 
 
 def test_a_reused_static_cache_starts_anew(llava):

@@ -10,16 +10,15 @@ import pytest
 import torch
 from decoder_oracle import Watch, shortened_rows
 from footprint import footprint
+from served import KINDS, forms
 from support import host_of
 from tiny import HOSTS, SUPPRESS, build
 from transformers import DynamicCache
 
 import vtc
-from vtc.capture import missing
 from vtc.hosts import HOSTS as ENTRIES
 from vtc.hosts import REFUSED, open_host
 
-KINDS = ("divprune", "tome", "hiprune", "vtc-cls")  # features only; keys; attention of all rows; of CLS
 TOKENS = 4
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False, "suppress_tokens": SUPPRESS}
 NAMES = [name for name, host in HOSTS.items() if host.works and not host.memory]
@@ -54,11 +53,6 @@ def shows(*columns):
     return pytest.mark.shows(*columns)
 
 
-def usable(model, kinds=KINDS):
-    encoder = open_host(model).encoder
-    return [m for m in kinds if not any(missing(encoder, need) for need in vtc.get_method(m).needs)]
-
-
 def forward(model, inputs, **options):
     with torch.no_grad():
         return model(**inputs, **options)
@@ -69,12 +63,13 @@ def test_keep_one_is_identity(host):
     model, make_inputs = host
     inputs = make_inputs((2, 1), pads=1)
     logits, tokens = forward(model, inputs).logits, model.generate(**inputs, **GREEDY)
-    for method in usable(model):
-        with vtc.compress(model, method, keep=1.0) as handle:
+    for rule, settings in forms(model):
+        with vtc.compress(model, rule, keep=1.0, **settings) as handle:
             assert torch.equal(forward(model, inputs).logits, logits)
             assert len(handle.last) >= 3
             assert all(record.entering["decoder"] == record.entering["features"] for record in handle.last)
-            assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
+            if rule.name in ("vtc-cls", "slime"):
+                assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
 
 
 @shows("images")
@@ -83,8 +78,8 @@ def test_remove_leaves_nothing(host):
     inputs = make_inputs((1,))
     logits = forward(model, inputs).logits
     before = footprint(model)
-    for method in usable(model):
-        handle = vtc.compress(model, method, keep=0.4)
+    for rule, settings in forms(model):
+        handle = vtc.compress(model, rule, keep=0.4, **settings)
         assert not torch.equal(forward(model, inputs).logits, logits)
         handle.remove()
         assert footprint(model) == before
@@ -97,9 +92,11 @@ def test_exact_count(host, tiny, record_property):
     model, make_inputs = host
     inputs = make_inputs((2, 1))
     length = inputs["input_ids"].shape[1]
-    for method in usable(model, [m for m in vtc.list_methods("features") if m != "downsample"]):
-        with vtc.compress(model, method, keep=0.5, stage="features") as handle:
-            for keep in (0.07, 1 / 3, 0.9, 1, 3, 10_000):
+    others = [m for m in vtc.list_methods("features") if m not in (*KINDS, "downsample")]
+    for rule, settings in forms(model, (*KINDS, *others), adaptive=False):
+        with vtc.compress(model, rule, keep=0.5, stage="features", **settings) as handle:
+            keeps = (0.07, 0.9, 3) if rule.name in KINDS else (1 / 3,)
+            for keep in (*keeps, 1, 10_000) if rule.name == KINDS[0] else keeps:
                 handle.keep = keep
                 own = DynamicCache(config=open_host(model).decoder.config) if "cache" in tiny.lacks else None
                 cache = forward(model, inputs, use_cache=True, past_key_values=own).past_key_values
@@ -122,7 +119,7 @@ def test_exact_count(host, tiny, record_property):
                 held = {key.shape[2] for key in keys if key is not None}
                 window = getattr(open_host(model).decoder.config, "sliding_window", None) or length
                 assert max(held) in (longest, min(longest, window - 1), min(longest, window))
-        record_property("served", method)
+        record_property("served", rule.name)
 
 
 @shows("images")
@@ -212,8 +209,8 @@ def test_forward_equals_the_shortened_prompt(host, side, positions, record_prope
             vtc.compress(model, "divprune", keep=0.3, positions="repack")
         return
     inputs = make_inputs(**MIXED, side=side)
-    for method in usable(model):
-        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions):
+    for rule, settings in forms(model, KINDS if side == "left" else KINDS[:2]):
+        with Watch(model) as watch, vtc.compress(model, rule, keep=0.3, positions=positions, **settings):
             watch.listen()
             logits = forward(model, inputs).logits
             given, hidden = watch.given, watch.hidden
@@ -259,8 +256,8 @@ def test_batch_equals_single_runs(host, tiny):
     if "rows" in tiny.lacks:
         bare, stay = forward(model, inputs).logits[1], inputs["attention_mask"][1].bool()
         assert not torch.allclose(bare[stay], forward(model, make_inputs((1,), first=1)).logits[0], atol=1e-3)
-    for method in usable(model):
-        with vtc.compress(model, method, keep=0.4) as handle:
+    for rule, settings in forms(model):
+        with vtc.compress(model, rule, keep=0.4, **settings) as handle:
             both, records = forward(model, inputs).logits, handle.last
             for row in range(2):
                 alone = make_inputs((1,), first=row)
@@ -307,9 +304,10 @@ def test_generating_with_a_cache_equals_generating_without(host, tiny, cache, po
     if "uncached" in tiny.lacks:
         _lacks(model, inputs, "dynamic")
     beams = CACHES["beams"] if cache == "beams" else {}
-    with vtc.compress(model, "divprune", keep=0.3, positions=positions):
-        expected = _uncached(model, inputs, tiny, **beams)
-        assert torch.equal(model.generate(**inputs, **GREEDY, **CACHES[cache]), expected)
+    for rule, settings in forms(model, ("divprune", "slime") if cache == "dynamic" else ("divprune",)):
+        with vtc.compress(model, rule, keep=0.3, positions=positions, **settings):
+            expected = _uncached(model, inputs, tiny, **beams)
+            assert torch.equal(model.generate(**inputs, **GREEDY, **CACHES[cache]), expected)
 
 
 def _uncached(model, inputs, tiny, **beams):
@@ -440,10 +438,10 @@ def test_sdpa_and_eager_agree(host, tiny):
     inputs = make_inputs((1, 2), pads=1)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    for method in usable(model):
+    for rule, settings in forms(model, ("tome", "hiprune", "vtc-cls", "prumerge", "globalcom2")):
         found = []
         for each in (model, eager):
-            with vtc.compress(each, method, keep=0.4) as handle:
+            with vtc.compress(each, rule, keep=0.4, **settings) as handle:
                 found.append((forward(each, inputs).logits, [record.index for record in handle.last]))
         torch.testing.assert_close(found[0][0], found[1][0], atol=2e-4, rtol=2e-4)
         assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
@@ -461,11 +459,12 @@ def test_half_precision_runs(host, tiny):
         with pytest.raises(RuntimeError, match="dtype"):
             forward(half, inputs)
         return
-    for method in usable(model):
-        with vtc.compress(half, method, keep=0.4) as handle:
+    for rule, settings in forms(model):
+        with vtc.compress(half, rule, keep=0.4, **settings) as handle:
             logits = forward(half, inputs).logits
             assert logits.dtype in (torch.bfloat16, torch.float32) and logits.isfinite().all()
-            assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + TOKENS
+            if rule.name == "divprune":
+                assert half.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + TOKENS
             assert all(len(record.index) < len(record.source) for record in handle.last)
 
 
@@ -474,8 +473,8 @@ def test_gradients_flow(host, tiny):
     model, make_inputs = host
     inputs = make_inputs((1, 1), pads=1)
     tower = [p for p in open_host(model).encoder.tower.parameters() if p.ndim > 1 and p.requires_grad]
-    for method in usable(model):
-        with vtc.compress(model, method, keep=0.4):
+    for rule, settings in forms(model, ("divprune", "tome", "visionzip", "slime")):
+        with vtc.compress(model, rule, keep=0.4, **settings):
             model(**inputs).logits.float().square().mean().backward()
         grads = [p.grad for p in tower if p.grad is not None]
         assert bool(grads) != ("gradients" in tiny.lacks)
@@ -516,16 +515,13 @@ def test_video(video_host, tiny, allocate):
         with pytest.raises(ValueError, match="do not match"):
             forward(model, inputs)
         inputs = make_inputs((0, 0), videos=(0, 1), pads=1)
-    encoder = open_host(model).video_encoder
-    methods = [m for m in KINDS if not any(missing(encoder, need) for need in vtc.get_method(m).needs)]
+    kinds = KINDS if allocate == "proportional" else ("divprune", "tome")
     logits = forward(model, inputs).logits
     with vtc.compress(model, "divprune", keep=1.0):
         assert torch.equal(forward(model, inputs).logits, logits)
-    for method in methods:
-        if allocate == "joint" and vtc.get_method(method).needs_grid:
-            continue
+    for rule, _ in forms(model, kinds, video=True, adaptive=False):
         options = {"keep": 0.3, "allocate": allocate, "positions": "keep"}
-        with Watch(model) as watch, vtc.compress(model, method, **options) as handle:
+        with Watch(model) as watch, vtc.compress(model, rule, **options) as handle:
             watch.listen()
             forward(model, inputs)
             given, hidden = watch.given, watch.hidden
@@ -540,8 +536,9 @@ def test_video(video_host, tiny, allocate):
                 assert sum(0 < k < size for k, size in zip(kept, sizes)) <= 1
             if allocate == "proportional" and len(kept) > 1:
                 assert max(kept) - min(kept) <= 1 and min(counts) >= min(kept)
-            tokens = model.generate(**inputs, **GREEDY)
-            assert torch.equal(tokens, _uncached(model, inputs, tiny))
+            if rule.name in ("divprune", "slime"):
+                tokens = model.generate(**inputs, **GREEDY)
+                assert torch.equal(tokens, _uncached(model, inputs, tiny))
         for row, expected in enumerate(shortened_rows(model, inputs, given)):
             torch.testing.assert_close(hidden[row, expected.stay], expected.hidden, atol=1e-4, rtol=1e-4)
 

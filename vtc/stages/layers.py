@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -248,8 +248,11 @@ class LayerCut:
         new = hidden.new_ones(batch, length, dtype=torch.bool)
         if call.mask is not None:
             new = call.mask[:, -length:].bool()
-        mask = deeper_mask(uneven(cache), self._past(cache), call.before, new, padded=False)
+        state, past = uneven(cache), self._past(cache)
+        mask = deeper_mask(state, past, call.before, new, padded=False)
         call.mask4d = self._mask4d(hidden, mask, cache)
+        if mask is not None and length > 1:  # later steps over a static cache are not told its padding
+            call.state = replace(state, length=past + length, mask=mask, fitted=False)
 
     def _past(self, cache: Any) -> int:
         """How many positions the deeper layers hold."""
@@ -304,6 +307,8 @@ class LayerCut:
         if call is None or not call.entered:
             return None
         cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if call.state is not None and cache is not None:
+            attach(cache, call.state)
         if call.plan is None:
             remember(cache, output[0])
             return None
@@ -313,7 +318,6 @@ class LayerCut:
         if before is not None and len(before) == len(full):
             full = torch.where(call.plan.headless[..., None].to(full.device), before.to(full.device), full)
         if cache is not None:
-            attach(cache, call.state)
             remember(cache, full)
         if isinstance(output, tuple):
             return (full, *output[1:])
