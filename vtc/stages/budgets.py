@@ -31,8 +31,9 @@ def count_own(method: Method, rows: list[Row], tokens: MakeTokens) -> None:
     if type(method).count is Method.count:
         return
     for group in groups([row for row in rows if row.k]):
-        k = group[0].k
-        counts = method.count(tokens(group), k)
+        given, k = tokens(group), group[0].k  # made outside, as gradients flow through what it keeps
+        with torch.no_grad():
+            counts = method.count(given, k)
         if counts is None:
             return  # it does not choose with these options
         if counts.shape != (len(group),) or int(counts.min()) < 1 or int(counts.max()) > k:
@@ -51,8 +52,10 @@ def spend(p: float, method: Select, rows: list[Row], tokens: MakeTokens) -> None
     """
     found: dict[int, Tensor] = {}
     for group in groups(rows):
-        for row, score in zip(group, scores(method, tokens(group))):
-            found[id(row)] = score.double()
+        given = tokens(group)
+        with torch.no_grad():
+            own = scores(method, given).double()
+        found |= {id(row): score for row, score in zip(group, own)}
     for image in dict.fromkeys(row.image for row in rows):
         own = [row for row in rows if row.image == image]
         for row, count in zip(own, _shares(p, [found[id(row)] for row in own])):

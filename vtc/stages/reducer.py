@@ -30,12 +30,11 @@ class Reducer:
 
     def choose(self, rows: list[Row]) -> None:
         """Lowers the budgets of the rows to what this picture needs, where that is asked for."""
-        with torch.no_grad():
-            p = fraction_of_scores(self.stage.keep)
-            if p is not None:
-                spend(p, self.method, rows, self._tokens)
-            else:
-                count_own(self.method, rows, self._tokens)
+        p = fraction_of_scores(self.stage.keep)
+        if p is not None:
+            spend(p, self.method, rows, self._tokens)
+        else:
+            count_own(self.method, rows, self._tokens)
 
     def reduce(self, rows: list[Row]) -> None:
         for group in groups([row for row in rows if row.k]):
