@@ -23,7 +23,7 @@ class DivPrune(Select):
 
     name = "divprune"
     paper = "arXiv:2503.02175"
-    stages = ("features", "encoder")
+    stages = ("features", "encoder", "decoder")
     schedule = "staged"
     positions = "repack"
 

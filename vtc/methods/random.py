@@ -19,7 +19,7 @@ class Random(Select):
     """
 
     name = "random"
-    stages = ("features", "encoder")
+    stages = ("features", "encoder", "decoder")
     schedule = "staged"
 
     seed: int = 0
