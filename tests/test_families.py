@@ -122,6 +122,41 @@ def test_exact_count(host, tiny, record_property):
         record_property("served", rule.name)
 
 
+class Alone(vtc.Merge):
+    """Keeps every other token as a soft sum of nothing but itself."""
+
+    name = "alone"
+
+    def assign(self, tokens, k):
+        index = torch.arange(tokens.n)[:: tokens.n // k][:k].expand(len(tokens.x), k)
+        mix = torch.nn.functional.one_hot(index, tokens.n)  # (B, k, N)
+        slots = torch.arange(k).expand_as(index)
+        return vtc.Reduction(index, torch.full(tokens.x.shape[:2], -1).scatter(1, index, slots), mix=mix)
+
+
+class AloneInFront(Alone):
+    before_projector = True
+
+
+@shows("images")
+def test_what_a_projector_is_given_belongs_to_its_token(host):
+    _check_projections(*host, {"images": (2, 1)})
+
+
+@shows("video")
+def test_what_a_projector_is_given_of_videos_belongs_to_its_token(video_host):
+    _check_projections(*video_host, {"images": (0, 0), "videos": (2, 1)})
+
+
+def _check_projections(model, make_inputs, pictures):
+    """A token that alone went through the projector once more is what it was."""
+    inputs, logits = make_inputs(**pictures), []
+    for rule in (Alone(), AloneInFront()):
+        with vtc.compress(model, rule, keep=0.4):
+            logits.append(forward(model, inputs).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
+
+
 @shows("images")
 def test_patches_are_behind_their_tokens(host, tiny):
     model, make_inputs = host

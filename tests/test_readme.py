@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from vtc.cli import main
-from vtc.evaluation.report import encoders_block, hosts_table, load_boards, methods_table, results_block
+from vtc.evaluation.report import (
+    encoders_block,
+    hard_block,
+    hosts_table,
+    load_boards,
+    methods_table,
+    results_block,
+    varying_block,
+)
 from vtc.evaluation.results import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +71,10 @@ def test_generated_tables_are_up_to_date():
     assert generated("hosts") == hosts_table()
     encoders = load_boards(ROOT / "eval/results/tiny-clip-singles.jsonl")
     assert generated("encoders") == encoders_block(encoders)
-    assert generated("results") == results_block(load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl"))
+    asked = load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl")
+    assert generated("results") == results_block(asked)
+    assert generated("hard") == hard_block(asked)
+    assert generated("varying") == varying_block(asked)
 
 
 @pytest.mark.parametrize("name, part", [("clustering", "clustering"), ("finetune_encoder", "finetune")])
@@ -72,6 +83,12 @@ def test_parts_filled_by_eval_scripts_are_up_to_date(name, part):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert generated(part) == script.block(read_rows(script.OUTPUT)[0])
+
+
+def test_costs_of_methods_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    selection = importlib.import_module("selection")
+    assert generated("selection") == selection.tables(read_rows(ROOT / "eval/results/selection.jsonl")[0])
 
 
 def test_linked_files_exist():
