@@ -8,6 +8,7 @@ import torch
 from oracle import greedy, marked_features, next_logits, shortened
 from tiny import IMAGE, PAD, SUPPRESS, build
 from tiny.llava import LLAVA
+from transformers import StaticCache
 
 import vtc
 
@@ -151,6 +152,25 @@ def test_chat_goes_on_from_the_cache(host):
         )
         whole = model.generate(**{**first, "input_ids": ids, "attention_mask": mask}, **GREEDY)
     assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_padding_of_a_second_turn_is_remembered(host, static):
+    """Masks of later steps over a static cache do not tell of it."""
+    model, make_inputs = host
+    first, extra = make_inputs((1, 1), pads=1), torch.randint(3, 90, (2, 4))
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=200) if static else None
+    follow = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    with vtc.compress(model, "divprune", keep=0.3, positions="keep"):
+        turn = model.generate(**first, **GREEDY, past_key_values=cache, return_dict_in_generate=True)
+        ids = torch.cat([turn.sequences, extra], dim=1)
+        mask = torch.cat([first["attention_mask"], torch.ones(2, STEPS + 4, dtype=torch.long)], dim=1)
+        mask[1, -4:-2] = 0
+        text = {"input_ids": ids, "attention_mask": mask}
+        again = model.generate(**text, past_key_values=turn.past_key_values, **follow)
+        whole = model.generate(**{**first, **text}, **follow)
+    assert torch.equal(again.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(whole.logits), atol=1e-4, rtol=1e-4)
 
 
 def test_chat_goes_on_with_a_new_image(host):

@@ -1,4 +1,5 @@
-"""Each method against a plain restatement of its card, index for index."""
+"""The first methods against plain restatements of their cards, index for index; others have files of their own.
+What holds of every method: tests/test_every_method.py."""
 
 import pytest
 import torch
@@ -23,14 +24,6 @@ def attention(layers):
 
 
 KEYS = {"keys": lambda n: (1, n, 8)}
-EXTRAS = {
-    "cls_attention": attention(3),
-    "mean_attention": attention(2),
-    "cls_values": attention(1),
-    "shift": attention(1),
-    "attention": lambda n: (1, 2, n, n),
-    **KEYS,
-}
 
 
 @pytest.mark.parametrize("k", [1, 7, 24, 47, 48])
@@ -210,22 +203,3 @@ def test_random_is_seeded_and_unbiased():
     t.lot = torch.tensor([5, 6, 5])
     index = vtc.get_method("random").reduce(t, 10).index
     assert torch.equal(index[0], index[2]) and not torch.equal(index[0], index[1])
-
-
-@pytest.mark.parametrize("method", vtc.list_methods())
-@pytest.mark.parametrize("case", ["random", "constant", "one token"])
-def test_any_input_gives_exactly_k_and_batch_order_does_not_matter(method, case):
-    t = tokens(grid=(1, 1) if case == "one token" else GRID, **EXTRAS)
-    t.extras["cell"] = (torch.arange(t.n) // 2).repeat(3, 1)
-    if case == "constant":
-        t.x = torch.ones_like(t.x)
-        t.extras = {name: torch.ones_like(extra) for name, extra in t.extras.items()}
-    flipped = Tokens(t.x.flip(0), t.grid, extras={name: extra.flip(0) for name, extra in t.extras.items()})
-    rule = vtc.get_method(method)
-    for k in {1, 2, 13, t.n - 1, t.n} & set(range(1, t.n + 1)):
-        reduction, again = (rule.reduce(each, k).ascending() for each in (t, flipped))  # as a stage takes it
-        assert reduction.index.shape == (3, k) and (reduction.index.diff(dim=1) > 0).all()
-        assert torch.equal(again.index.flip(0), reduction.index)
-        assert torch.equal(again.source.flip(0), reduction.source)
-        if k == t.n:
-            assert torch.equal(reduction.apply(t.x, t.size), t.x)

@@ -10,7 +10,7 @@ steps of a conversation are told about the shorter cache by the cache itself.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -238,6 +238,9 @@ class Shortening:
         real = physical_mask(cache, state, tail, x.shape[1])  # (B, past + q)
         if real is not None or types is not None or call.foreign_mask:  # else nothing is padding
             kwargs = self._masks.apply({**kwargs, "attention_mask": real}, types)
+        if real is not None and call.known_mask and x.shape[1] > 1:
+            # Steps behind a text that is padded may not tell of its padding: masks of static caches do not.
+            attach(cache, replace(state, length=real.shape[1], mask=real))
         if state.groups is None:
             return kwargs
         if self._bias is None:
