@@ -69,8 +69,8 @@ def drawn(
 
 
 def words(text: Tensor) -> dict[str, Tensor]:
-    """Prompts of different lengths, padded with zeros, each with two words in front of its image; where none is
-    behind it, all count. text (B, T, D)"""
+    """Prompts of different lengths, padded with zeros, each with two words in front of its image; where none
+    is behind it, all count. text (B, T, D)"""
     batch, most, _ = text.shape
     real = torch.arange(most) < most - torch.arange(batch)[:, None] % most  # (B, T)
     after = real & (torch.arange(most) >= 2)

@@ -1,5 +1,5 @@
-"""The first methods against plain restatements of their cards, index for index; others have files of their own.
-What holds of every method: tests/test_every_method.py."""
+"""The first methods against plain restatements of their cards, index for index; others have files of their
+own. What holds of every method: tests/test_every_method.py."""
 
 import pytest
 import torch

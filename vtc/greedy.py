@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pairs import products
 from .tokens import gather
 
 _PAIRS = 1 << 20  # pairs of tokens of a row looked at at once: 4 MiB
+_HELD = 8  # times as many are held throughout: 32 MiB
 _FEW = 32  # candidates looked at again at once
 _SAME = 1e-5  # of a similarity: less is rounding
 _EQUAL = 1e-6  # of a sum of them: two tokens most like each other add the same, in exact numbers
@@ -22,17 +24,22 @@ _EQUAL = 1e-6  # of a sum of them: two tokens most like each other add the same,
 class Cosines:
     """Cosine similarities of the tokens x (B, N, D), in float32; those of a token of zeros are zero.
 
-    `then` makes something else of them in place. All pairs are held where they are no more than the features
-    themselves, N <= D, which is fastest. That must not depend on the batch, which would round differently.
+    `then` makes something else of them in place. All pairs are held where they are few, or no more than the
+    features themselves, which is fastest. That must not depend on the batch, which would round differently.
     """
 
     def __init__(self, x: Tensor, then: Callable[[Tensor], Tensor] = lambda cosine: cosine):
-        self._x, self._then, self.n = x.float(), then, x.shape[1]
-        self.length = torch.linalg.vector_norm(self._x, dim=2)  # (B, N)
+        self._then, self.n, self._all = then, x.shape[1], None
+        held = self.n <= x.shape[2] or self.n**2 <= _HELD * _PAIRS
+        if held:
+            product = products(x)  # (B, N, N)
+            self.length = product.diagonal(dim1=1, dim2=2).sqrt()  # (B, N)
+        else:
+            self._x = x.float()
+            self.length = torch.linalg.vector_norm(self._x, dim=2)
         self._scale = self.length.clamp_min(1e-12)  # products are divided by it: no second copy of x
-        self._all = None
-        if self.n <= x.shape[2]:
-            self._all = self._divided(self._x @ self._x.transpose(1, 2), self._scale)  # (B, N, N)
+        if held:
+            self._all = self._divided(product, self._scale)
 
     def of(self, index: Tensor) -> Tensor:
         """Of the tokens at index (B, c) with all: (B, c, N), which may be written to."""
@@ -42,7 +49,7 @@ class Cosines:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """A bounded number of tokens at a time: the first one's position, and what `of` gives, to be read."""
-        every = torch.arange(self.n, device=self._x.device).expand(len(self._x), -1)
+        every = torch.arange(self.n, device=self.length.device).expand(len(self.length), -1)
         first = 0
         for index in every.split(max(1, _PAIRS // self.n), dim=1):
             part = slice(first, first + index.shape[1])

@@ -159,9 +159,7 @@ class Reduction:
         if self.mix is None and (self.pruned or self.k == self.source.shape[1]):
             return None
         if self.mix is not None:
-            single = gather(x, self.index).float()
-            every = torch.arange(self.k, device=x.device).expand(len(x), -1)
-            return every, self.mix.float() @ x.float() - single
+            return self._every, self.mix.float() @ x.float() - gather(x, self.index).float()
         if self.combine == "mlerp":
             return self._longest(x)
         ones = torch.ones_like(self.source, dtype=torch.float32)
@@ -177,29 +175,35 @@ class Reduction:
         else:
             share = share / self._sums(weight).clamp_min(1e-12).gather(1, slot)
             own = -share
-        share, own = (part.masked_fill(gone, 0)[..., None] for part in (share, own))
-        places = self.index.gather(1, slot)
-        return slot, gather(x, rest).float() * share + gather(x, places).float() * own
+        share, own = (part.masked_fill(gone, 0) for part in (share, own))
+        if rest.shape[1] <= self.k:
+            places = self.index.gather(1, slot)
+            return slot, gather(x, rest).float() * share[..., None] + gather(x, places).float() * own[
+                ..., None
+            ]
+        # Where most tokens join others it is the places that are few.
+        own = own.new_zeros(self.index.shape).scatter_add(1, slot, own)
+        joined = gather(x, rest).float().mul_(share[..., None])  # (B, R, D)
+        more = (gather(x, self.index).float() * own[..., None]).flatten(0, 1)
+        more = more.index_add_(0, _rows(slot, self.k), joined.flatten(0, 1))
+        return self._every, more.view(*self.index.shape, -1)
 
     def _longest(self, x: Tensor) -> Change:
         """Group means with the length of the longest member; where members cancel out, the token whose place
-        it is gives the direction. Every token that joins brings its part of the change."""
+        it is gives the direction."""
         rest = self._rest  # (B, R)
         slot = self.source.gather(1, rest)
         gone, slot = slot < 0, slot.clamp_min(0)
-        single = gather(x, self.index.gather(1, slot)).float()  # (B, R, D) the token that it joins
+        single = gather(x, self.index).float()  # (B, K, D)
         others = gather(x, rest).float().masked_fill(gone[..., None], 0)
-        same = (slot[:, :, None] == slot[:, None]) & ~gone[:, None]  # (B, R, R)
-        count = same.sum(dim=2).clamp_min(1)[..., None]  # (B, R, 1) that join it
-        first = _rows(same.float().argmax(dim=2), rest.shape[1])
-        flat = others.flatten(0, 1)
-        total = torch.zeros_like(flat).index_add_(0, first, flat).index_select(0, first).view_as(others)
-        mean = (single + total) / (count + 1)
-        length = others.norm(dim=-1)[:, None].expand(same.shape).masked_fill(~same, 0).amax(dim=2)
-        longest = torch.maximum(length, single.norm(dim=-1))[..., None]
+        count = torch.zeros_like(slot[:, :1]).expand_as(self.index).scatter_add(1, slot, (~gone).long())
+        total = single.clone()
+        total.flatten(0, 1).index_add_(0, _rows(slot, self.k), others.flatten(0, 1))
+        mean = total / (count + 1)[..., None]
+        longest = single.norm(dim=-1).scatter_reduce(1, slot, others.norm(dim=-1), "amax")[..., None]
         direction = torch.where(mean.norm(dim=-1, keepdim=True) <= 1e-6 * longest, single, mean)
         new = direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12) * longest
-        return slot, ((new - single) / count).masked_fill(gone[..., None], 0)
+        return self._every, (new - single).masked_fill(count[..., None] == 0, 0)
 
     def sizes(self, size: Tensor) -> Tensor:
         """How many patches each slot stands for, where the tokens stood for `size` (B, N): (B, K)."""
@@ -221,6 +225,11 @@ class Reduction:
         slot = torch.where(slot < 0, self.k, slot)  # dropped tokens go to a spare slot K
         out = F.pad(weight.gather(1, self.index), (0, 1))
         return out.scatter_add(1, slot, weight.gather(1, rest))[:, :-1]
+
+    @property
+    def _every(self) -> Tensor:
+        """All slots: (B, K)."""
+        return torch.arange(self.k, device=self.index.device).expand(len(self.index), -1)
 
     @cached_property
     def _rest(self) -> Tensor:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from ..method import Merge, register
+from ..pairs import products
 from ..tokens import Reduction, Tokens, gather
 
-_PAIRS = 1 << 22  # distances held at once: 16 MiB
+_PAIRS = 1 << 23  # distances held at once of each row: 32 MiB
+_SAME = 1e-6  # of the squares of two tokens: a distance that is less is rounding
 
 
 @register
@@ -39,32 +41,54 @@ class DPCKNN(Merge):
             raise ValueError(f"neighbours must be a whole number of at least 1, not {self.neighbours!r}")
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:
-        x = tokens.x.float()
-        x = (x - x.mean(dim=1, keepdim=True)) / x.shape[2] ** 0.5  # distances are the same, rounding is less
-        near = min(int(self.neighbours), tokens.n)
+        near, position = min(int(self.neighbours), tokens.n), torch.arange(tokens.n, device=tokens.x.device)
+        squares = _Squares(tokens.x)
         density = -torch.cat(
-            [squares.topk(near, largest=False).values.mean(2) for _, squares in _squares(x, x)], dim=1
+            [some.topk(near, largest=False).values.mean(2) for _, some in squares.rows()], dim=1
         )  # (B, N) logarithms
-        position = torch.arange(tokens.n, device=x.device)
         gaps = []
-        for rows, squares in _squares(x, x):  # (B, rows, N)
+        for rows, some in squares.rows():  # (B, rows, N)
             own = density[:, rows, None]
             denser = (density[:, None] > own) | ((density[:, None] == own) & (position < rows[:, None]))
-            gaps.append(squares.masked_fill(~denser, torch.inf).amin(dim=2))
+            gaps.append(torch.where(denser, some, torch.inf).amin(dim=2))
         score = density + 0.5 * torch.cat(gaps, dim=1).log()
         index = score.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values  # (B, k)
-        slot = torch.cat([squares.argmin(dim=2) for _, squares in _squares(x, gather(x, index))], dim=1)
+        slot = torch.cat([some.argmin(dim=2) for _, some in squares.rows(index)], dim=1)
         slot = slot.scatter(1, index, position[:k].expand_as(index))  # a centre joins itself
         return Reduction(index, slot)
 
 
-def _squares(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Square distances of x (B, N, D) to y (B, K, D), a few rows at a time: rows and (B, rows, K). What is
-    below rounding is 0, so that equal tokens have none between them."""
-    few = max(1, _PAIRS // (len(x) * y.shape[1]))
-    lengths, across = (torch.linalg.vector_norm(v, dim=2).square() for v in (x, y))
-    for rows in torch.arange(x.shape[1], device=x.device).split(few):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        sums = lengths[:, part, None] + across[:, None]
-        squares = torch.baddbmm(sums, x[:, part], y.transpose(1, 2), alpha=-2)
-        yield rows, torch.where(squares > 1e-6 * sums, squares, 0.0)
+class _Squares:
+    """Square distances of the tokens x (B, N, D), divided by D. What is below rounding is 0, so that equal
+    tokens have none between them. All are held where they are few; that must not depend on the batch, which
+    would round differently."""
+
+    def __init__(self, x: Tensor):
+        self.n, self._width, self._all = x.shape[1], x.shape[2], None
+        if self.n**2 <= _PAIRS:
+            product = products(x, centred=True)  # (B, N, N)
+            self._length = product.diagonal(dim1=1, dim2=2).clone()  # (B, N) squares of lengths
+            self._all = self._square(product, self._length, self._length)
+        else:
+            x = x.float()
+            self._x = x - x.mean(dim=1, keepdim=True)  # distances are the same, rounding is less
+            self._length = torch.linalg.vector_norm(self._x, dim=2).square()
+
+    def rows(self, others: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of a few tokens at a time, to all or to those at `others` (B, K): which they are, and their squares
+        (B, rows, N or K), to be read."""
+        every = torch.arange(self.n, device=self._length.device)
+        if self._all is not None:
+            yield every, self._all if others is None else gather(self._all, others).transpose(1, 2)
+            return
+        y, length = self._x, self._length
+        if others is not None:
+            y, length = gather(y, others), length.gather(1, others)
+        for rows in every.split(max(1, _PAIRS // y.shape[1])):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield rows, self._square(self._x[:, part] @ y.transpose(1, 2), self._length[:, part], length)
+
+    def _square(self, product: Tensor, lengths: Tensor, others: Tensor) -> Tensor:
+        sums = lengths[..., None] + others[:, None]
+        square = torch.sub(sums, product, alpha=2)
+        return square.masked_fill_(square <= _SAME * sums, 0.0).div_(self._width)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..means import Features, Pairs, distances
 from ..method import Merge, register
-from ..tokens import Reduction, Tokens, gather
-
-_PAIRS = 1 << 22  # distances held at once of each row: 16 MiB
-_SAME = 1e-6  # of the squares of two tokens: a distance that is less is rounding
+from ..tokens import Reduction, Tokens
 
 
 @register
@@ -40,72 +37,29 @@ class KMeans(Merge):
             raise ValueError(f"iterations is a whole number >= 1, not {self.iterations!r}")
 
     def assign(self, tokens: Tokens, k: int) -> Reduction:
-        x = tokens.x.float()
-        x = x - x.mean(dim=1, keepdim=True)  # distances are the same, rounding is less
-        means, before = gather(x, _apart(x, k)), None
+        x = distances(tokens.x)
+        means, before = x.at(_apart(x, k)), None
         for _ in range(int(self.iterations)):
-            slot = _filled(x, means, _join(x, means))  # (B, N)
+            # (B, N) the nearest mean of each token, the first of equally near ones
+            slot = _filled(x, means, torch.cat([some.argmin(dim=1) for some in x.squares(means)], dim=1), k)
             if before is not None and torch.equal(slot, before):
                 break
-            means, before = _means(x, slot, tokens.size, k), slot
-        return Reduction(_middle(_away(x, means, slot), slot, k), slot).ascending()
+            means, before = x.means(slot, tokens.size, k), slot
+        return Reduction(_middle(x.away(means, slot), slot, k), slot).ascending()
 
 
-def _lengths(x: Tensor) -> Tensor:
-    """Squares of lengths: (B, N, D) -> (B, N)."""
-    return torch.linalg.vector_norm(x, dim=2).square()
-
-
-def _squares(x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
-    """Square distances of x (B, N, D) to y (B, K, D): (B, K, N). What is below rounding is 0, so that equal
-    tokens have none between them, nor from their mean."""
-    sums = _lengths(y)[..., None] + lengths[:, None]
-    square = torch.baddbmm(sums, y, x.transpose(1, 2), alpha=-2)
-    return torch.where(square > _SAME * sums, square, 0.0)
-
-
-def _apart(x: Tensor, k: int) -> Tensor:
+def _apart(x: Features | Pairs, k: int) -> Tensor:
     """The token nearest to 0, then always the one farthest from those chosen: (B, k)."""
-    row = torch.arange(len(x), device=x.device)
-    lengths = _lengths(x)
-    pick = lengths.argmin(dim=1)
-    picks, nearest = [pick], torch.full_like(lengths, torch.inf)  # (B, N) to the nearest one chosen
+    row = torch.arange(len(x.lengths), device=x.lengths.device)
+    pick = x.lengths.argmin(dim=1)
+    picks, nearest = [pick], torch.full_like(x.lengths, torch.inf)  # (B, N) to the nearest one chosen
     for _ in range(k - 1):
-        nearest = torch.minimum(nearest, _squares(x, lengths, x[row, pick][:, None])[:, 0])
+        square = torch.cat(list(x.squares(x.at(pick[:, None]))), dim=2)[:, 0]
+        nearest = torch.minimum(nearest, square)
         nearest[row, pick] = -1.0  # and stays so
         pick = nearest.argmax(dim=1)
         picks.append(pick)
     return torch.stack(picks, dim=1)
-
-
-def _chunks(n: int, k: int) -> Iterator[slice]:
-    """A few tokens at a time; never of the batch, as products of another shape round differently."""
-    few = max(1, _PAIRS // k)
-    return (slice(start, start + few) for start in range(0, n, few))
-
-
-def _join(x: Tensor, means: Tensor) -> Tensor:
-    """The nearest mean of each token, the first of equally near ones: (B, N)."""
-    lengths, parts = _lengths(x), _chunks(x.shape[1], means.shape[1])
-    return torch.cat([_squares(x[:, part], lengths[:, part], means).argmin(dim=1) for part in parts], dim=1)
-
-
-def _means(x: Tensor, slot: Tensor, size: Tensor, k: int) -> Tensor:
-    """Means of members weighted by size: (B, K, D). As products, which add in the same order every time."""
-    total, sizes = x.new_zeros(len(x), k, x.shape[2]), x.new_zeros(len(x), k, 1)
-    for part in _chunks(x.shape[1], k):
-        where = slot[:, None, part]  # (B, 1, n)
-        share = x.new_zeros(len(x), k, where.shape[2]).scatter_(1, where, size.float()[:, None, part])
-        total = torch.baddbmm(total, share, x[:, part])
-        sizes += share.sum(dim=2, keepdim=True)
-    return total / sizes
-
-
-def _away(x: Tensor, means: Tensor, slot: Tensor) -> Tensor:
-    """Square distance of each token from the mean of its cluster: (B, N)."""
-    own = gather(means, slot)
-    square = _lengths(x - own)
-    return torch.where(square > _SAME * (_lengths(x) + _lengths(own)), square, 0.0)
 
 
 def _middle(away: Tensor, slot: Tensor, k: int) -> Tensor:
@@ -118,14 +72,14 @@ def _middle(away: Tensor, slot: Tensor, k: int) -> Tensor:
     return torch.full_like(slot[:, :k], n).scatter_reduce(1, slot, position, "amin")
 
 
-def _filled(x: Tensor, means: Tensor, slot: Tensor) -> Tensor:
+def _filled(x: Features | Pairs, means: Tensor | tuple[Tensor, Tensor], slot: Tensor, k: int) -> Tensor:
     """The same clusters, where each empty one, the first before, has taken the token farthest from its mean.
     The member nearest to a mean stays, so that none becomes empty by it."""
-    n, k = slot.shape[1], means.shape[1]
-    empty = torch.ones_like(means[..., 0]).scatter(1, slot, 0.0)  # (B, K)
+    n = slot.shape[1]
+    empty = x.lengths.new_ones(len(slot), k).scatter(1, slot, 0.0)  # (B, K)
     if not bool(empty.any()):
         return slot
-    away = _away(x, means, slot)
+    away = x.away(means, slot)
     middle = _middle(away, slot, k)  # (B, K)
     away = F.pad(away, (0, 1)).scatter(1, middle, -1.0)[:, :n]
     rank = away.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, N)

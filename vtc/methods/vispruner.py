@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..method import Layer, Need, Select, register
+from ..pairs import products
 from ..tokens import Tokens, gather
 
-_PAIRS = 1 << 22  # similarities held at once for a row: 16 MiB
+_PAIRS = 1 << 23  # similarities held at once for a row: 32 MiB
 _STEP = 8  # how many tokens go in one round
 
 
@@ -62,9 +63,15 @@ def _distinct(x: Tensor, rest: Tensor, k: int) -> Tensor:
     """The k of the tokens at `rest` (B, R) that stay: (B, k)."""
     if k == 0:
         return rest[:, :0]
-    x = gather(F.normalize(x.float(), dim=-1), rest)  # (B, R, D)
-    # All pairs are made at once where they are few; that must not depend on the batch.
-    pairs = x @ x.transpose(1, 2) if x.shape[1] ** 2 <= _PAIRS else None  # (B, R, R)
+    x, pairs = gather(x, rest), None  # (B, R, D)
+    # All pairs are held where they are few; that must not depend on the batch.
+    if x.shape[1] ** 2 <= _PAIRS:
+        pairs = products(x)  # (B, R, R)
+        length = pairs.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-12)
+        pairs /= length[:, None]
+        pairs /= length[..., None]
+    else:
+        x = F.normalize(x.float(), dim=-1)
     left = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)  # (B, n) of the rest
     while left.shape[1] > k:
         first, second = left[:, ::2], left[:, 1::2]  # (B, a), (B, b): a is b or b + 1
@@ -76,9 +83,10 @@ def _distinct(x: Tensor, rest: Tensor, k: int) -> Tensor:
 
 def _nearest(x: Tensor, pairs: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
     """The similarity of each token of the first set to the one of the second most like it: (B, a)."""
-    if pairs is not None:
-        row = torch.arange(len(x), device=x.device)[:, None, None]
-        return pairs[row, first[:, :, None], second[:, None]].amax(dim=2)
+    if (
+        pairs is not None
+    ):  # by its columns, as it is symmetric: whole rows are several times as fast to gather
+        return gather(pairs, second).amax(dim=1).gather(1, first)
     other = gather(x, second).transpose(1, 2)  # (B, D, b)
     some = first.split(max(1, _PAIRS // second.shape[1]), dim=1)
     return torch.cat([(gather(x, part) @ other).amax(dim=2) for part in some], dim=1)

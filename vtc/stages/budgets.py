@@ -16,10 +16,10 @@ MakeTokens = Callable[[list[Row]], Tokens]
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:
-    """Rows that a method can be given as one batch: of one grid and one budget."""
+    """Rows that a method can be given as one batch: of one grid, one budget, one side of the projector."""
     found: dict[Hashable, list[Row]] = defaultdict(list)
     for row in rows:
-        found[row.tile.grid, row.n, row.k].append(row)
+        found[row.tile.grid, row.n, row.k, row.in_front].append(row)
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -215,9 +215,12 @@ class FeaturesStage:
         vision = None
         if recorded and self.projection:
             vision = self.projection.given(recorded.projected, layouts)
-            recorded.single = vision is not None and self.projection.single(recorded.projected)
+            if vision is not None:
+                recorded.single = self.projection.single(recorded.projected, layouts)
         evidence = recorded and Evidence(recorded.attention, layouts, features, vision)
         rows = self._rows(layouts, evidence)
+        for row in rows:
+            row.in_front = bool(recorded and recorded.single and recorded.single[row.image])
         reducer = Reducer(self, features, width, recorded)
         if recorded:
             reducer.choose(rows)
@@ -255,13 +258,13 @@ class Recorded:
 
     attention  of the encoder
     projected  what the projector was given
-    single     whether tokens can be reduced in front of it
+    single     for each image whether its tokens can be reduced in front of it
     texts      for each image the prompt around it (T, D), and which of it is behind the image (T,)
     """
 
     attention: Recording
     projected: list[tuple[Tensor, int]]
-    single: bool = False
+    single: list[bool] = field(default_factory=list)
     texts: list[tuple[Tensor, Tensor]] | None = None
 
 

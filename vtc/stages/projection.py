@@ -46,11 +46,14 @@ class Projection:
             tokens = output.shape[:-1].numel()
             calls.append((args[0], tokens if len(args) == 1 else -1))
 
-    def single(self, calls: list[tuple[Tensor, int]]) -> bool:
-        """Whether it works token by token: one token out for each that went in, and nothing in it that looks
-        at several."""
-        alone = all(given.shape[:-1].numel() == tokens for given, tokens in calls)
-        return bool(calls) and alone and _token_by_token(self.projector)
+    def single(self, calls: list[tuple[Tensor, int]], layouts: list[Layout]) -> list[bool]:
+        """For each image whether it works token by token: one token out for each that went in, nothing in it
+        that looks at several, and nothing behind it that blends what it made."""
+        tokens = sum(tokens for _, tokens in calls)
+        alone = bool(calls) and all(given.shape[:-1].numel() == tokens for given, tokens in calls)
+        alone = alone and _token_by_token(self.projector)
+        before = tokens == sum(own.length for own in layouts)  # patches were joined before
+        return [alone and (before or not _joined([own])) for own in layouts]
 
     def given(self, calls: list[tuple[Tensor, int]], layouts: list[Layout]) -> list[list[Tensor]] | None:
         """What it was given for the tokens of each tile of each image, (n, D'); None where that cannot be
@@ -60,11 +63,17 @@ class Projection:
         if any(layout.patches is None for layout in layouts):
             return None
         every = [patches for layout in layouts for patches in layout.patches]
+        sizes = [len(patches) for patches in every]
         tokens = torch.cat([self._without_cls(given).flatten(0, -2) for given, _ in calls])
-        joined = any(patches.shape[1] > 1 for patches in every)
-        if joined and len(tokens) == sum(layout.length for layout in layouts):  # they were joined before
-            parts = tokens.split([layout.length for layout in layouts])
-            return [[part[tile.slots] for tile in own.tiles] for part, own in zip(parts, layouts)]
+        if _joined(layouts) and len(tokens) == sum(layout.length for layout in layouts):  # joined before
+            if len(tokens) > sum(sizes):  # with newline tokens
+                parts = tokens.split([layout.length for layout in layouts])
+                return [[part[tile.slots] for tile in own.tiles] for part, own in zip(parts, layouts)]
+            # Tiles come in the order of their patches: some families show all whole views first.
+            order = sorted(range(len(every)), key=lambda tile: int(every[tile].min()))
+            found = dict(zip(order, tokens.split([sizes[tile] for tile in order])))
+            numbers = iter(range(len(every)))
+            return [[found[next(numbers)] for _ in own.tiles] for own in layouts]
         if max(int(patches.max()) for patches in every) >= len(tokens):
             return None
         return [[tokens[patches].mean(dim=1) for patches in own.patches] for own in layouts]
@@ -81,6 +90,12 @@ class Projection:
     def project(self, tokens: Tensor) -> Tensor:
         """Merged tokens (R, k, D') -> (R, k, D)."""
         return self.projector(tokens)
+
+
+def _joined(layouts: list[Layout]) -> bool:
+    """Whether any token is made of several patches."""
+    every = [patches for own in layouts for patches in own.patches or ()]
+    return any(bool((patches != patches[:, :1]).any()) for patches in every)
 
 
 def _token_by_token(projector: nn.Module) -> bool:

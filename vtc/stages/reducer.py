@@ -52,7 +52,7 @@ class Reducer:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 reduction = self.method.reduce(tokens, k)
                 check_reduction(self.method.name, reduction, tokens, k)
-                projected = not reduction.pruned and self._in_front
+                projected = not reduction.pruned and self._in_front(group)
                 if self.stage.merge:
                     features = replace(tokens, x=x[..., : self.width].detach())
                     reduction = self.stage.merge.extend(features, reduction.ascending())
@@ -69,7 +69,7 @@ class Reducer:
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
     def _tokens(self, group: list[Row]) -> Tokens:
-        x = self._vision(group) if self._in_front else self._stack(group)[..., : self.width]
+        x = self._vision(group) if self._in_front(group) else self._stack(group)[..., : self.width]
         x = x.detach()
         tokens = Tokens(
             x,
@@ -105,10 +105,9 @@ class Reducer:
         """What the projector was given: (R, n, D')."""
         return torch.stack([row.extras["vision"] for row in group])
 
-    @property
-    def _in_front(self) -> bool:
+    def _in_front(self, group: list[Row]) -> bool:
         """Whether tokens are reduced in front of the projector."""
-        return self.method.before_projector and self.recorded is not None and self.recorded.single
+        return self.method.before_projector and group[0].in_front
 
 
 def _texts(texts: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:

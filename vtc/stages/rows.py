@@ -26,6 +26,7 @@ class Row:
     tile: Tile
     patches: Tensor | None  # (n, m)
     k: int
+    in_front: bool = False  # whether it can be reduced in front of the projector
     extras: Extras = field(default_factory=dict)
     index: Tensor | None = None  # (k,) positions in the tile, ascending
     source: Tensor | None = None  # (n,)
@@ -72,11 +73,12 @@ def _row(image: int, lot: Tensor, layout: Layout, numbers: list[int], k: int, ex
     tiles = [layout.tiles[number] for number in numbers]
     patches = None if layout.patches is None else [layout.patches[number] for number in numbers]
     if len(tiles) == 1:
-        return Row(image, lot, tiles[0], patches and patches[0], k, extras[numbers[0]] if extras else {})
+        own = extras[numbers[0]] if extras else {}
+        return Row(image, lot, tiles[0], patches and patches[0], k, extras=own)
     slots = torch.cat([tile.slots for tile in tiles])
     own = [extras[number] for number in numbers] if extras else [{}]
     joined = {name: torch.cat([each[name] for each in own], dim=_token_axis(name)) for name in own[0]}
-    return Row(image, lot, Tile(slots, (1, len(slots))), patches and torch.cat(patches), k, joined)
+    return Row(image, lot, Tile(slots, (1, len(slots))), patches and torch.cat(patches), k, extras=joined)
 
 
 def _token_axis(name: str) -> int:
