@@ -8,7 +8,9 @@ from tiny import build
 
 import vtc
 from vtc.allocate import Allocation, Part, get_allocation, weighted
+from vtc.allocations import Hired
 from vtc.record import Tile
+from vtc.restoring import Restore
 
 PARTS = [Part(Tile(torch.arange(n), (1, n), thumbnail=not i)) for i, n in enumerate((4, 6, 2))]
 
@@ -72,8 +74,6 @@ def test_a_share_of_scores_is_of_scores():
     model, _ = build("llava-clip")
     with pytest.raises(ValueError, match="is a share of scores, but"):
         vtc.compress(model, "divprune", keep="p:0.9")
-    with pytest.raises(ValueError, match="leave allocate out"):
-        vtc.compress(model, "fastervlm", keep="p:0.9", allocate="joint")
     with pytest.raises(ValueError, match="share in"):
         vtc.compress(model, "fastervlm", keep="p:1.9")
     with pytest.raises(TypeError, match="keep must be"):
@@ -177,7 +177,11 @@ def test_plans_carry_allocations_and_merges(tmp_path):
     "given, message",
     [
         ({"allocate": "nowhere"}, "allocate must be one of"),
-        ({"allocate": {"name": "hired", "beta": 1}}, "no such option; its options: alpha"),
+        ({"allocate": {"name": "hired", "beta": 1}}, "has no option 'beta'; its options: alpha"),
+        ({"allocate": {"name": "hired", "alpha": "0.3"}}, "options of a wrong type"),
+        ({"allocate": ["hired"]}, "allocate must be one of"),
+        ({"merge": {"name": "restore", "size": 1}}, "has no option 'size'; its options: place"),
+        ({"method": "fopru", "strategy": "row", "keep": "p:0.5"}, "does not choose by scores"),
         ({"merge": "glue"}, "merge must be None or one of"),
         ({"method": "tome", "merge": "nearest"}, "'tome' merges: leave it out"),
         ({"method": "hiprune", "allocate": "thumbnail"}, "reads the rows and columns"),
@@ -189,6 +193,35 @@ def test_errors(given, message):
     with pytest.raises(ValueError, match=message):
         vtc.compress(model, **given)
     assert vtc.api.current(model) is None
+
+
+def test_settings_that_would_mean_nothing_are_refused():
+    single, _ = build("llava-clip")
+    with pytest.raises(ValueError, match="an image of llava is a single one: leave it out"):
+        vtc.compress(single, "fastervlm", keep=0.5, allocate="hired")
+    tiled, _ = build("llava_next-siglip")
+    with pytest.raises(ValueError, match="allocate='hired' needs a CLS token"):
+        vtc.compress(tiled, "divprune", keep=8, allocate="hired")
+    with pytest.raises(ValueError, match="method 'hired' needs a CLS token"):
+        vtc.compress(tiled, "hired", keep=8)
+    with vtc.compress(tiled, "random", keep=8, allocate="whole") as handle:
+        with pytest.raises(ValueError, match="leave allocate out"):
+            handle.keep = "p:0.7"
+        assert handle.keep == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": "p:0.7"}, {"keep": 6, "allocate": Hired(alpha=0.3), "merge": Restore(sizes=False)}]
+)
+def test_any_plan_can_be_saved(options, tmp_path):
+    model, make_inputs = build("llava_next-clip")
+    inputs = make_inputs((1,))
+    vtc.save([("fastervlm", options)], tmp_path / "plan.json")
+    with vtc.compress(model, "fastervlm", **options) as handle, torch.no_grad():
+        logits, plan = model(**inputs).logits, handle.plan
+    for again in (plan, vtc.load(tmp_path / "plan.json")):
+        with vtc.compress(model, again), torch.no_grad():
+            assert torch.equal(model(**inputs).logits, logits)
 
 
 @pytest.mark.parametrize("keep", [10_000, "p:0.6"])

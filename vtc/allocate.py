@@ -79,13 +79,20 @@ def get_allocation(given: str | dict[str, Any] | Allocation) -> Allocation:
         return given
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
-    if name not in ALLOCATIONS:
+    if not isinstance(name, str) or name not in ALLOCATIONS:
         raise ValueError(f"allocate must be one of {', '.join(sorted(ALLOCATIONS))}, not {name!r}")
+    return built(ALLOCATIONS[name], options, f"allocate='{name}'")
+
+
+def built(cls: type[Any], options: dict[str, Any], what: str) -> Any:
+    """A dataclass by its options. Raises ValueError for one that it has not, or of a wrong type."""
+    has = [option.name for option in dataclasses.fields(cls)]
+    if unknown := sorted(set(options) - set(has)):
+        raise ValueError(f"{what} has no option {unknown[0]!r}; its options: {', '.join(has) or 'none'}")
     try:
-        return ALLOCATIONS[name](**options)
+        return cls(**options)
     except TypeError as error:
-        has = ", ".join(f.name for f in dataclasses.fields(ALLOCATIONS[name])) or "none"
-        raise ValueError(f"allocation '{name}' has no such option; its options: {has}") from error
+        raise ValueError(f"{what} has options of a wrong type, {options}: {error}") from error
 
 
 @allocation

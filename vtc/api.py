@@ -15,7 +15,7 @@ from .method import Method, Select, get_method, list_methods
 from .record import Record
 from .restoring import Nearest, get_merge
 from .schedule import Budget, Schedule, check_schedule
-from .tokens import Keep, check_keep, fraction_of_scores
+from .tokens import Keep, check_keep
 
 _STAGES = ("encoder", "features", "decoder")
 _HANDLE = "_vtc_handle"
@@ -371,8 +371,6 @@ def _step(
         settings["allocate"] = get_allocation(method.allocate if allocate is None else allocate)
         settings["merge"] = None if merge is None else _merge(method, merge)
         _check_prompt(method, positions, settings["allocate"])
-        if allocate is not None and fraction_of_scores(keep) is not None:
-            raise ValueError(f"keep={keep!r} itself says what each tile or frame keeps: leave allocate out")
     return {"method": method, "stage": stage, "keep": keep, **{name: settings[name] for name in own}}
 
 

@@ -23,7 +23,7 @@ from .record import Record
 class Answer:
     """What a model said.
 
-    tokens   image tokens that entered the language model
+    tokens   image tokens that were kept
     seconds  time from the finished inputs to the last generated token
     records  what became of the image's tokens, of each tile that is an image to the model; empty without
              compression
@@ -120,7 +120,7 @@ def _answer(model: nn.Module, processor: Any, inputs: dict[str, Any], max_new_to
         seconds = time.perf_counter() - start
         records = handle.last
     text = processor.decode(new, skip_special_tokens=True).strip()
-    tokens = sum(record.entering["decoder"] for record in records)
+    tokens = sum(len(record.index) for record in records)
     return Answer(text, tokens, seconds, records if current(model) else [])
 
 

@@ -11,7 +11,7 @@ from .pairs import products
 from .tokens import gather
 
 _PAIRS = 1 << 23  # products or distances held at once of each row: 32 MiB
-_SAME = 1e-6  # of the squares of two tokens: a distance that is less is rounding
+SAME = 1e-6  # of the squares of two tokens: a distance that is less is rounding
 
 
 def distances(x: Tensor) -> Features | Pairs:
@@ -25,7 +25,7 @@ def _square(product: Tensor, lengths: Tensor, others: Tensor) -> Tensor:
     so that equal tokens have none between them, nor from their mean."""
     sums = others[..., None] + lengths[:, None]
     square = torch.sub(sums, product, alpha=2)
-    return torch.where(square > _SAME * sums, square, 0.0)
+    return torch.where(square > SAME * sums, square, 0.0)
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Features:
         """Square distance of each token from the mean of its cluster: (B, N)."""
         own = gather(means, slot)
         square = _lengths(self.x - own)
-        return torch.where(square > _SAME * (self.lengths + _lengths(own)), square, 0.0)
+        return torch.where(square > SAME * (self.lengths + _lengths(own)), square, 0.0)
 
     def _parts(self, k: int) -> Iterator[slice]:
         """A few tokens at a time; never of the batch, as products of another shape round differently."""
@@ -97,6 +97,5 @@ class Pairs:
 
 def _share(slot: Tensor, size: Tensor, k: int) -> Tensor:
     """(B, K, n) the size of each token in its own cluster, and 0 in all others."""
-    return (
-        size.new_zeros(len(slot), k, slot.shape[1]).float().scatter_(1, slot[:, None], size.float()[:, None])
-    )
+    size = size.float()[:, None]
+    return size.new_zeros(len(slot), k, slot.shape[1]).scatter_(1, slot[:, None], size)

@@ -134,6 +134,11 @@ class Method:
 class Select(Method):
     """Pruning: define `score(tokens) -> (B, N)`, the k highest stay; or `select(tokens, k) -> (B, k)`."""
 
+    @property
+    def scored(self) -> bool:
+        """Whether those that stay are the highest by score, so that a share of the scores can be kept."""
+        return type(self).score is not Select.score and type(self).select is Select.select
+
     def score(self, tokens: Tokens) -> Tensor:
         raise TypeError(f"{type(self).__name__} must define score() or select()")
 
@@ -152,11 +157,6 @@ def scores(method: Select, tokens: Tokens) -> Tensor:
         wanted = tuple(tokens.x.shape[:2])
         raise ValueError(f"score() of '{method.name}' must give {wanted}, not {tuple(score.shape)}")
     return score.float()
-
-
-def has_score(method: Method) -> bool:
-    """Whether a method has a score of each token."""
-    return isinstance(method, Select) and type(method).score is not Select.score
 
 
 @dataclass
@@ -239,6 +239,7 @@ def save(plan: list[tuple[Method | str, dict]], path: str | Path) -> None:
     for method, settings in plan:
         settings = dict(settings)
         where = {name: settings.pop(name) for name in SETTINGS if name in settings}
+        where = {name: value.shown() if hasattr(value, "shown") else value for name, value in where.items()}
         method = get_method(method, **settings) if isinstance(method, str) else method
         steps.append({**method.to_dict(), **where})
     Path(path).write_text(

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .allocate import built
 from .nearest import nearest
 from .tokens import Reduction, Tokens
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Every dropped token is averaged, by size, into the kept token that its features are most like."""
+    """Every dropped token is averaged, by size, into the kept token of its tile that its features are most
+    like. Tiles that keep none are gone."""
 
     name: ClassVar[str] = "nearest"
     positions: ClassVar[str | None] = None  # what positions= is where nothing is said; None: the method's own
@@ -40,8 +42,8 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Restore(Nearest):
-    """Dropped tokens join the most similar kept one, and the decoder attends to a group as to its members
-    (RESTORE, arXiv:2606.01711).
+    """Dropped tokens join the most similar kept one of their tile, and the decoder attends to a group as to
+    its members (RESTORE, arXiv:2606.01711).
 
     place     where a group stands: "median", at its middle member; "kept", where the kept token stood
     sizes     adds the logarithm of a group's size to the logits of its key. In the first layer all groups of
@@ -103,10 +105,6 @@ def get_merge(given: str | dict[str, Any] | Nearest | None) -> Nearest | None:
         return given
     options = dict(given) if isinstance(given, dict) else {"name": given}
     name = options.pop("name", None)
-    if name not in MERGES:
+    if not isinstance(name, str) or name not in MERGES:
         raise ValueError(f"merge must be None or one of {', '.join(MERGES)}, not {name!r}")
-    try:
-        return MERGES[name](**options)
-    except TypeError as error:
-        has = ", ".join(field.name for field in dataclasses.fields(MERGES[name])) or "none"
-        raise ValueError(f"merge '{name}' has no such option; its options: {has}") from error
+    return built(MERGES[name], options, f"merge='{name}'")

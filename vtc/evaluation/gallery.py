@@ -26,7 +26,7 @@ SIDE = 144  # pixels of a picture's long side: a page holds some hundreds of the
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model saw it; `tokens` entered the language model, which then answered."""
+    """An image as the model saw it; `tokens` of it were kept, and what was then answered."""
 
     url: str
     tokens: int
@@ -70,7 +70,7 @@ def gallery(
     exhibits = [
         Exhibit(
             item,
-            Picture(data_url(_fitted(image)), record.entering["decoder"], answer, item.matches(answer)),
+            Picture(data_url(_fitted(image)), len(record.index), answer, item.matches(answer)),
         )
         for item, image, record, answer in zip(items, images, full, given, strict=True)
     ]
@@ -81,7 +81,7 @@ def gallery(
             for exhibit, image, record, answer in zip(exhibits, images, records, given, strict=True):
                 url = data_url(draw(image, record, processor=processor, caption=False, long_side=SIDE))
                 right = exhibit.item.matches(answer)
-                kept = Picture(url, record.entering["decoder"], answer, right)
+                kept = Picture(url, len(record.index), answer, right)
                 exhibit.kept[label(method, options), keep] = kept
     return exhibits
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..api import compress
-from ..method import SETTINGS, Method, get_method, has_score
+from ..method import SETTINGS, Method, get_method
 from ..tokens import Keep
 from .calibrate import OWN, check
 from .prompts import Batches
@@ -205,7 +205,7 @@ def _varies(method: Method, keep: str) -> bool:
     a warning says so."""
     if method.name in BASELINES:
         return False
-    able = getattr(method, "adaptive", False) if keep == OWN else has_score(method)
+    able = getattr(method, "adaptive", False) if keep == OWN else getattr(method, "scored", False)
     if not able:
         what = "chooses no number of tokens itself" if keep == OWN else "has no scores"
         warnings.warn(f"'{method.name}' runs without keep={keep!r}: it {what}", stacklevel=4)

@@ -91,4 +91,4 @@ class _Squares:
     def _square(self, product: Tensor, lengths: Tensor, others: Tensor) -> Tensor:
         sums = lengths[..., None] + others[:, None]
         square = torch.sub(sums, product, alpha=2)
-        return square.masked_fill_(square <= _SAME * sums, 0.0).div_(self._width)
+        return torch.where(square > _SAME * sums, square, 0.0).div_(self._width)

@@ -51,6 +51,10 @@ class FoPru(Select):
     def needs(self) -> tuple[Need, ...]:
         return (Need(self.signal, (self.layer,)),)
 
+    @property
+    def scored(self) -> bool:
+        return self.strategy == "rank"
+
     def score(self, tokens: Tokens) -> Tensor:
         return getattr(tokens, self.signal)[:, 0]  # (B, 1, N) -> (B, N)
 

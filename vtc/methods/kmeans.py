@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..means import Features, Pairs, distances
+from ..means import SAME, Features, Pairs, distances
 from ..method import Merge, register
 from ..tokens import Reduction, Tokens
 
@@ -45,7 +45,7 @@ class KMeans(Merge):
             if before is not None and torch.equal(slot, before):
                 break
             means, before = x.means(slot, tokens.size, k), slot
-        return Reduction(_middle(x.away(means, slot), slot, k), slot).ascending()
+        return Reduction(_middle(x, x.away(means, slot), slot, k), slot).ascending()
 
 
 def _apart(x: Features | Pairs, k: int) -> Tensor:
@@ -62,13 +62,14 @@ def _apart(x: Features | Pairs, k: int) -> Tensor:
     return torch.stack(picks, dim=1)
 
 
-def _middle(away: Tensor, slot: Tensor, k: int) -> Tensor:
+def _middle(x: Features | Pairs, away: Tensor, slot: Tensor, k: int) -> Tensor:
     """The first of the members nearest to the mean: (B, K); of an empty cluster it is n. Of two tokens both
     are, but for rounding, which must not decide."""
     n = slot.shape[1]
     least = away.new_full((len(slot), k), torch.inf).scatter_reduce(1, slot, away, "amin")
     position = torch.arange(n, device=slot.device).expand_as(slot)
-    position = torch.where(away <= 1.0001 * least.gather(1, slot), position, n)
+    least = 1.0001 * least.gather(1, slot) + SAME * x.lengths  # (B, N)
+    position = torch.where(away <= least, position, n)
     return torch.full_like(slot[:, :k], n).scatter_reduce(1, slot, position, "amin")
 
 
@@ -80,7 +81,7 @@ def _filled(x: Features | Pairs, means: Tensor | tuple[Tensor, Tensor], slot: Te
     if not bool(empty.any()):
         return slot
     away = x.away(means, slot)
-    middle = _middle(away, slot, k)  # (B, K)
+    middle = _middle(x, away, slot, k)  # (B, K)
     away = F.pad(away, (0, 1)).scatter(1, middle, -1.0)[:, :n]
     rank = away.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (B, N)
     taker = empty.argsort(dim=1, descending=True, stable=True).gather(1, rank.clamp_max(k - 1))

@@ -70,7 +70,8 @@ class SliME(Select):
         similarity = self.similarity(tokens)
         rank = similarity.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         # Far below the sums of probabilities; keeps in order those that are too small for a float.
-        return torch.maximum((similarity / self.temperature).softmax(dim=1), 1e-30 * (tokens.n - rank))
+        chance = torch.maximum((similarity / self.temperature).softmax(dim=1), 1e-30 * (tokens.n - rank))
+        return chance * tokens.n  # so that those of the thumbnail and those of all crops can be compared
 
     def similarity(self, tokens: Tokens) -> Tensor:
         """The sum of the cosines of each token with all words: (B, N)."""

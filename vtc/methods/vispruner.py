@@ -83,9 +83,7 @@ def _distinct(x: Tensor, rest: Tensor, k: int) -> Tensor:
 
 def _nearest(x: Tensor, pairs: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
     """The similarity of each token of the first set to the one of the second most like it: (B, a)."""
-    if (
-        pairs is not None
-    ):  # by its columns, as it is symmetric: whole rows are several times as fast to gather
+    if pairs is not None:  # They are symmetric, and whole rows are several times as fast to gather.
         return gather(pairs, second).amax(dim=1).gather(1, first)
     other = gather(x, second).transpose(1, 2)  # (B, D, b)
     some = first.split(max(1, _PAIRS // second.shape[1]), dim=1)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocate import Allocation, Part
-from ..capture import Capture, Recording
+from ..allocate import Allocation, Part, get_allocation
+from ..capture import Capture, Recording, inside, missing
 from ..hosts import Vision, features_owner
 from ..hosts.host import Layout, LayoutFunction
-from ..method import Method, Need, has_score
+from ..method import Method, Need
 from ..record import Record
 from ..restoring import Nearest
 from ..threads import ByThread
@@ -76,11 +76,16 @@ class FeaturesStage:
         """The budget, or an error that says why it cannot be one here."""
         if self.resolution:
             self.resolution.check(keep)
-        if fraction_of_scores(check_keep(keep)) is not None and not has_score(self.method):
-            raise ValueError(
-                f"keep={keep!r} is a share of scores, but '{self.method.name}' does not choose by a score of "
-                "each token: give a share of tokens such as 0.25, or a number"
-            )
+        if fraction_of_scores(check_keep(keep)) is not None:
+            if not getattr(self.method, "scored", False):
+                raise ValueError(
+                    f"keep={keep!r} is a share of scores, but '{self.method.name}' does not choose by scores "
+                    "of tokens: give a share of tokens such as 0.25, or a number"
+                )
+            if self.allocate != get_allocation(self.method.allocate):
+                raise ValueError(
+                    f"keep={keep!r} itself says what each tile or frame keeps: leave allocate out"
+                )
         return check_keep(keep)
 
     @property
@@ -282,8 +287,19 @@ class _Source:
 def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, _Source]:
     """Raises ValueError where an encoder cannot serve what the method or the allocation needs."""
     sources = {}
-    # An image that is one row of the encoder has nothing to share.
-    shares = vision.host.tiled or vision.host.video
+    shares = bool(vision.host.tiled or vision.host.video)
+    if not shares and allocate != get_allocation(method.allocate):
+        raise ValueError(
+            f"allocate='{allocate.name}' shares a budget over tiles or frames, but an image of "
+            f"{vision.host.name} is a single one: leave it out"
+        )
+    encoders = (vision.encoder, vision.video_encoder) if shares else ()
+    for encoder in encoders:
+        if any(missing(encoder, need) for need in inside(method.needs)):
+            break  # that is told below
+        for need in inside(allocate.needs):
+            if reason := missing(encoder, need):
+                raise ValueError(f"allocate='{allocate.name}' needs {reason}: use allocate='proportional'")
     needs, signal = (*method.needs, *(allocate.needs if shares else ())), hasattr(method, "signal")
     if vision.host.layout:
         capture = Capture(vision.encoder, needs, method.name, signal)
