@@ -161,6 +161,21 @@ def test_an_allocation_of_ones_own_reads_what_it_declares():
             assert sorted(of_tile)[-1] == 3 and sum(of_tile) == 3
 
 
+@pytest.mark.parametrize("groups", [[], [([0], 1)], [([0], 3), ([0], 3)], [([0], 7), ([1], -1)]])
+def test_wrong_budgets_are_told(groups):
+    @dataclass(frozen=True)
+    class Wrong(Allocation):
+        name = "wrong"
+
+        def split(self, parts, k):
+            return groups
+
+    model, make_inputs = build("llava_next-siglip")
+    with vtc.compress(model, "random", keep=6, allocate=Wrong()):
+        with pytest.raises(RuntimeError, match="where 6 tokens were to share: mend its split"):
+            model(**make_inputs((1,)))
+
+
 def test_plans_carry_allocations_and_merges(tmp_path):
     model, make_inputs = build("llava_next-clip")
     inputs = make_inputs((1,))

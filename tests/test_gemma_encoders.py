@@ -4,7 +4,8 @@ import pytest
 import torch
 from decoder_oracle import Watch
 from footprint import footprint
-from test_families import GREEDY, forward, usable
+from served import forms
+from test_families import GREEDY, forward
 from tiny import gemma_encoders
 from transformers import DynamicCache
 
@@ -27,12 +28,13 @@ def test_keep_one_is_identity_and_remove_leaves_nothing(host):
     model, make_inputs = host
     inputs = make_inputs((2, 1), pads=1)
     logits, before = forward(model, inputs).logits, footprint(model)
-    for method in usable(model):
-        with vtc.compress(model, method, keep=1.0) as handle:
+    for method, settings in forms(model):
+        with vtc.compress(model, method, keep=1.0, **settings) as handle:
             assert torch.equal(forward(model, inputs).logits, logits)
             assert len(handle.last) == 3
             handle.keep = 0.4
-            assert not torch.equal(forward(model, inputs).logits, logits)
+            shorter = forward(model, inputs).logits
+            assert not torch.equal(shorter, logits)
             assert all(len(record.index) < len(record.source) for record in handle.last)
         assert footprint(model) == before
         assert torch.equal(forward(model, inputs).logits, logits)
@@ -74,8 +76,8 @@ def test_t5gemma_equals_the_shortened_prompt(side, positions):
     model, make_inputs = built("t5gemma2")
     inputs = make_inputs((2, 1, 0), pads=2, side=side)
     real, repack = inputs["attention_mask"].bool(), positions == "repack"
-    for method in usable(model):
-        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions):
+    for method, settings in forms(model):
+        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions, **settings):
             watch.listen()
             logits, given = model(**inputs).logits, watch.given
         for row in range(3):
@@ -107,9 +109,9 @@ def test_diffusion_gemma_equals_the_shortened_prompt(generating, positions):
     inputs = make_inputs((2,), pads=3 * generating)
     real, repack = inputs["attention_mask"].bool(), positions == "repack"
     encoder, decoder = model.model.encoder, model.model.decoder
-    for method in usable(model):
+    for method, settings in forms(model):
         seen = []
-        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions):
+        with Watch(model) as watch, vtc.compress(model, method, keep=0.3, positions=positions, **settings):
             watch.listen()
             hook = decoder.register_forward_hook(lambda *args: seen.append(args[-1][0]))  # noqa: B023
             if generating:

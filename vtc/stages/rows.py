@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..allocate import Allocation, Part
+from ..allocate import Allocation, Group, Part
 from ..hosts.host import Layout
 from ..record import Record, Tile
 from ..tokens import Keep, count_kept
@@ -54,9 +54,22 @@ def rows_of(
         k, own = count_kept(keep, layout.n), extras(image)
         single = [([0], k)] if len(layout.tiles) == 1 else None
         lot = lots_of(layout.pixels[None])[0]
-        for number, (tiles, budget) in enumerate(single or allocation.split(parts(image), k)):
+        groups = single or _checked(allocation.split(parts(image), k), layout, k, allocation.name)
+        for number, (tiles, budget) in enumerate(groups):
             rows.append(_row(image, lot + number, layout, tiles, budget, own))
     return rows
+
+
+def _checked(groups: list[Group], layout: Layout, k: int, name: str) -> list[Group]:
+    """Raises RuntimeError unless k tokens are shared over groups of different tiles, none above its size."""
+    tiles = [tile for own, _ in groups for tile in own]
+    sizes = [sum(len(layout.tiles[tile].slots) for tile in own) for own, _ in groups]
+    fits = all(0 <= budget <= size for (_, budget), size in zip(groups, sizes))
+    if len(set(tiles)) < len(tiles) or not fits or sum(budget for _, budget in groups) != k:
+        raise RuntimeError(
+            f"allocate='{name}' gave {groups} where {k} tokens were to share: mend its split()"
+        )
+    return groups
 
 
 def whole_rows(layouts: list[Layout]) -> list[Row]:
