@@ -213,7 +213,7 @@ def test_errors(given, message):
 
 def test_settings_that_would_mean_nothing_are_refused():
     single, _ = build("llava-clip")
-    with pytest.raises(ValueError, match="an image of llava is a single one: leave it out"):
+    with pytest.raises(ValueError, match="to llava each of them is an image of its own"):
         vtc.compress(single, "fastervlm", keep=0.5, allocate="hired")
     tiled, _ = build("llava_next-siglip")
     with pytest.raises(ValueError, match="allocate='hired' needs a CLS token"):

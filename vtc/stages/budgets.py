@@ -36,6 +36,7 @@ def count_own(method: Method, rows: list[Row], tokens: MakeTokens) -> None:
             counts = method.count(given, k)
         if counts is None:
             return  # it does not choose with these options
+        counts = torch.as_tensor(counts)
         if counts.shape != (len(group),) or int(counts.min()) < 1 or int(counts.max()) > k:
             raise RuntimeError(
                 f"method '{method.name}' returned counts that are not 1 to {k}: mend its count()"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocate import Allocation, Part, get_allocation
+from ..allocate import Allocation, Part, Proportional, get_allocation
 from ..capture import Capture, Recording, inside, missing
 from ..hosts import Vision, features_owner
 from ..hosts.host import Layout, LayoutFunction
@@ -288,10 +288,10 @@ def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, 
     """Raises ValueError where an encoder cannot serve what the method or the allocation needs."""
     sources = {}
     shares = bool(vision.host.tiled or vision.host.video)
-    if not shares and allocate != get_allocation(method.allocate):
+    if not shares and allocate not in (Proportional(), get_allocation(method.allocate)):
         raise ValueError(
-            f"allocate='{allocate.name}' shares a budget over tiles or frames, but an image of "
-            f"{vision.host.name} is a single one: leave it out"
+            f"allocate='{allocate.name}' shares a budget over tiles or frames, but to {vision.host.name} each "
+            "of them is an image of its own: leave it out"
         )
     encoders = (vision.encoder, vision.video_encoder) if shares else ()
     for encoder in encoders:
