@@ -290,8 +290,8 @@ def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, 
     shares = bool(vision.host.tiled or vision.host.video)
     if not shares and allocate not in (Proportional(), get_allocation(method.allocate)):
         raise ValueError(
-            f"allocate='{allocate.name}' shares a budget over tiles or frames, but to {vision.host.name} each "
-            "of them is an image of its own: leave it out"
+            f"allocate='{allocate.name}' shares a budget over tiles or frames, but to {vision.host.name} "
+            "each of them is an image of its own: leave it out"
         )
     encoders = (vision.encoder, vision.video_encoder) if shares else ()
     for encoder in encoders:
