@@ -270,3 +270,11 @@ def test_another_picture_and_another_code_are_other_runs(task, tmp_path, monkeyp
     assert run_key("model", first, Setting("tome", 0.5)) == before
     monkeypatch.setattr("inspect.getsource", lambda cls: "rewritten")
     assert run_key("model", first, Setting("tome", 0.5)) != before
+
+
+def test_methods_inside_of_the_language_model_say_so(task, tmp_path):
+    """Beside them is random at the same stage: elsewhere only the kept tokens enter the language model."""
+    rows = run(task, tmp_path / "r.jsonl", ["dart"], [0.5], baselines=["random"])
+    staged = {(row["method"], row["options"].get("stage")) for row in rows if row["keep"]}
+    assert staged == {("dart", "decoder"), ("random", "decoder"), ("random", None)}
+    assert not any("error" in row for row in rows)

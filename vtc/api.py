@@ -143,8 +143,9 @@ def compress(
                "globalcom2" and "attention" by what the encoder attends to; or an `Allocation`, with options.
                The method's own where None
     merge      what becomes of dropped tokens, of methods that only drop: "nearest", each is averaged into the
-               most similar kept one; "restore", and the language model attends to it as to its members, see
-               `vtc.restoring`; kept ones are then in the order of their places. None: they are gone
+               most similar kept one of its tile; "restore", and the language model attends to it as to its
+               members, see `vtc.restoring`; kept ones are then in the order of their places. None: they are
+               gone
     decoder_layer  decoder stage: in front of which layer tokens are dropped, a number from 1 on or a fraction
                of the depth; the method's own where None
     schedule   encoder stage: how the budget is spread over blocks, "constant", "decreasing", "staged", "once"

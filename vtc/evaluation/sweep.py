@@ -27,6 +27,7 @@ from .runner import BASELINES, BLIND, FULL, Setting, is_method, now, run
 from .tasks import Task, load_task
 
 MethodSpec = str | tuple[str, dict[str, Any]]
+DECODER = "decoder"
 
 
 def sweep(
@@ -66,9 +67,12 @@ def sweep(
     compressed already, before anything is run.
     """
     compress(model, "uniform", keep=1.0).remove()  # refuses a model of no known family or compressed already
-    methods = many(methods)
+    methods = [_staged(spec) for spec in many(methods)]
     named = [spec if isinstance(spec, str) else spec[0] for spec in methods]
     methods += [name for name in many(baselines) if name not in named and serves(model, name)]
+    staged = [spec for spec in methods if not isinstance(spec, str) and spec[1].get("stage") == DECODER]
+    if staged and "random" in many(baselines) and "random" not in [name for name, _ in staged]:
+        methods.append(("random", {"stage": DECODER}))
     settings = [Setting(FULL), Setting(BLIND), *expand(methods, many(keeps), many(seeds))]
     tasks = [task if isinstance(task, Task) else load_task(task, n, split) for task in many(tasks)]
     identity = identify(model)
@@ -198,6 +202,14 @@ def expand(methods: list[MethodSpec], keeps: list[Keep], seeds: list[int]) -> It
             seeded = "seed" in fields and "seed" not in options
             for seed in seeds if seeded else (None,):
                 yield Setting(name, keep, options if seed is None else {**options, "seed": seed})
+
+
+def _staged(spec: MethodSpec) -> MethodSpec:
+    """A method that drops tokens inside of the language model says so in its name: before, all enter it."""
+    name, options = (spec, {}) if isinstance(spec, str) else spec
+    own = {option: value for option, value in options.items() if option not in SETTINGS}
+    inside = "stage" not in options and get_method(name, **own).stages[0] == DECODER
+    return (name, {**options, "stage": DECODER}) if inside else spec
 
 
 def _varies(method: Method, keep: str) -> bool:
