@@ -147,7 +147,9 @@ def source(board: Board, html: bool = False) -> str:
     code = "<code>{}</code>" if html else "`{}`"
     made = " and ".join(code.format(escape(command) if html else command) for command in commands)
     versions = newest["versions"]
-    commit = f" at commit {versions['commit'][:10]}" if versions["commit"] else ""
+    commits = dict.fromkeys(row["versions"]["commit"] for row in board.rows)
+    commit = ", ".join(commit[:10] for commit in commits if commit)
+    commit = f" at commit {commit}" if commit else ""
     tools = f"vtc {versions['vtc']}, torch {versions['torch']}, transformers {versions['transformers']}"
     device = versions["gpu"] or versions["cpu"]
     return f"Made by {made}{commit} on {newest['date'][:10]} with {tools} on {device}; model {board.model}."
