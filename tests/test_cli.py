@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_methods_lists_the_registry(run):
     code, out, _ = run("methods")
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == vtc.list_methods()
-    assert re.search(r"^random +features encoder +seed=0 +\w", out, re.MULTILINE)
+    assert re.search(r"^random +features encoder decoder +seed=0 +\w", out, re.MULTILINE)
 
 
 def test_hosts_lists_the_table(run):

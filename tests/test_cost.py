@@ -110,6 +110,7 @@ def test_row_holds_the_lengths_of_the_last_forward():
             "keep": 0.25,
             "positions": "repack",
             "allocate": "proportional",
+            "merge": None,
         }
     ]
     assert (row["dtype"], row["attention"]) == ("float32", "sdpa")

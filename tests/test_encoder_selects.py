@@ -467,7 +467,7 @@ def test_random_goes_by_one_draw_in_all_blocks():
 
 @pytest.mark.parametrize("name", ["random", "divprune", "dpc-knn"])
 def test_stages(name):
-    assert set(vtc.get_method(name).stages) == {"features", "encoder"}
+    assert {"features", "encoder"} <= set(vtc.get_method(name).stages)
     assert vtc.get_method(name).stages[0] == ("encoder" if name == "dpc-knn" else "features")
 
 

@@ -35,7 +35,7 @@ def test_memory_of_a_large_image(method):
     with Largest() as largest:
         reduction = rule.reduce(many, 200)
     assert reduction.k == 200
-    assert largest.numbers < many.n**2 / 20
+    assert largest.numbers < many.n**2 / 10
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in INSIDE])
