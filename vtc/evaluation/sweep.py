@@ -84,7 +84,7 @@ def sweep(
     names = [spec if isinstance(spec, str) else spec[0] for spec in methods]
     chance = many(seeds) if "random" in names else []
     for task in tasks if any(isinstance(keep, str) for keep in many(keeps)) else []:
-        known = [row for row in newest(read_rows(output)[0]) if _about(row, identity, task)]
+        known = newest([row for row in read_rows(output)[0] if _about(row, identity, task)])
         own = [row for row in rows if _about(row, identity, task)]
         beside = list(counterparts(own, known, chance))
         rows += complete(output, identity, [task], beside, runner, command, progress)
@@ -145,7 +145,7 @@ def _is_fixed(row: Row) -> bool:
 
 
 def _about(row: Row, identity: str, task: Task) -> bool:
-    place = (row["model"], row["task"], row["split"], row["n"])
+    place = tuple(row.get(name) for name in ("model", "task", "split", "n"))
     return place == (identity, task.name, task.split, len(task.items))
 
 
