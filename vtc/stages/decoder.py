@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..hosts import Vision, features_owner
+from ..hosts import Vision
 from ..hosts.host import LayoutFunction
 from ..method import Method
 from ..record import Record, Tile
@@ -26,9 +24,7 @@ from .places import Place
 from .reducer import check_reduction
 from .rows import Row, assemble, lots_of
 from .scene import Scene, View, needed
-
-_STAGE = "_vtc_decoder"
-_PREPARE = "prepare_inputs_for_generation"
+from .wraps import Wraps
 
 
 class DecoderStage:
@@ -71,6 +67,7 @@ class DecoderStage:
         self._last: list[Record] = []
         self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
         self.sources = _sources(vision)
+        self.wraps = Wraps(vision, "_vtc_decoder")
         keys = any(kind != "text" for kind in self.needs)
         self.cut = LayerCut(vision, self._first, self._choose, keys)
         self.keep = self.check(keep)
@@ -91,30 +88,17 @@ class DecoderStage:
         return self._last
 
     def install(self) -> None:
-        base = self.vision.base
-        setattr(base, _STAGE, self)
-        for name, source in self.sources.items():
-            source.original = getattr(base, name).__func__
-            source.was_wrapped = name in vars(base)
-            source.watching = _watching(name, source.original)
-            setattr(base, name, MethodType(source.watching, base))
-        model, self._noting = self.vision.model, None
-        if hasattr(model, _PREPARE) and _PREPARE not in vars(model):
-            self._noting = _noting(getattr(model, _PREPARE).__func__)
-            setattr(model, _PREPARE, MethodType(self._noting, model))
+        for name, original in self.wraps.install(self, self.sources).items():
+            self.sources[name].original = original
         self.cut.install()
 
     def remove(self) -> None:
-        base, model = self.vision.base, self.vision.model
-        delattr(base, _STAGE)
-        for name, source in self.sources.items():
-            if getattr(vars(base).get(name), "__func__", None) is source.watching:  # else wrapped once more
-                delattr(base, name)
-                if source.was_wrapped:
-                    setattr(base, name, MethodType(source.original, base))
-        if self._noting and getattr(vars(model).get(_PREPARE), "__func__", None) is self._noting:
-            delattr(model, _PREPARE)
+        self.wraps.remove()
         self.cut.remove()
+
+    def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
+        """The mask that the caller of generate() gave, of which it may make a larger one."""
+        self.cut.note_mask(mask, inputs)
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own method returns, which is told how its features lie."""
@@ -222,34 +206,8 @@ class _Source:
     kind: str
     layout: LayoutFunction
     original: Any = None
-    watching: Any = None
-    was_wrapped: bool = False
 
 
 def _sources(vision: Vision) -> dict[str, _Source]:
     layouts = {"image": vision.host.layout, "video": vision.host.video}
     return {f"get_{kind}_features": _Source(kind, layout) for kind, layout in layouts.items() if layout}
-
-
-def _watching(name: str, original: Any) -> Any:
-    """The instance's own method. It finds its stage on the model, as a deep copy must."""
-
-    @functools.wraps(original)  # generate() reads the signature
-    def get_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stage = getattr(base, _STAGE, None)
-        return stage.features(name, base, *args, **kwargs) if stage else original(base, *args, **kwargs)
-
-    return get_features
-
-
-def _noting(original: Any) -> Any:
-    """The model's own prepare_inputs_for_generation; the stage of the model is told the mask."""
-
-    @functools.wraps(original)
-    def prepare_inputs_for_generation(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inputs = original(model, *args, **kwargs)
-        if stage := getattr(features_owner(model), _STAGE, None):
-            stage.cut.note_mask(kwargs.get("attention_mask"), inputs)
-        return inputs
-
-    return prepare_inputs_for_generation

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from ..allocate import Allocation, Part, Proportional, get_allocation
 from ..capture import Capture, Recording, inside, missing
-from ..hosts import Vision, features_owner
+from ..hosts import Vision
 from ..hosts.host import Layout, LayoutFunction
 from ..method import Method, Need
 from ..record import Record
@@ -33,9 +31,7 @@ from .reducer import Reducer
 from .resolution import LowResolution
 from .rows import Row, assemble, rows_of, whole, whole_rows
 from .shorten import Shortening
-
-_STAGE = "_vtc_features"
-_PREPARE = "prepare_inputs_for_generation"
+from .wraps import Wraps
 
 
 class FeaturesStage:
@@ -59,6 +55,7 @@ class FeaturesStage:
         self._records: dict[str, list[Record]] = {}  # by source, of the last forward
         self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
         self.sources = _sources(vision, method, allocate)
+        self.wraps = Wraps(vision, "_vtc_features")
         self.prompt = Prompt(vision) if around(method.needs, "text") else None
         front = method.before_projector or around(method.needs, "vision")
         own = not (vision.host.late or vision.host.memory)  # a projector between the encoder and the prompt
@@ -100,37 +97,19 @@ class FeaturesStage:
         return [record for name in self.sources for record in self._records.get(name, ())]
 
     def install(self) -> None:
-        base = self.vision.base
-        setattr(base, _STAGE, self)
-        for name, source in self.sources.items():
-            source.original = getattr(base, name).__func__
-            source.was_wrapped = name in vars(base)
-            source.marking = _marking(name, source.original)
-            setattr(base, name, MethodType(source.marking, base))
-        self._wrap_generate()
+        for name, original in self.wraps.install(self, self.sources).items():
+            self.sources[name].original = original
         for part in self._parts:
             part.install()
 
     def remove(self) -> None:
-        base = self.vision.base
-        delattr(base, _STAGE)
-        for name, source in self.sources.items():
-            if getattr(vars(base).get(name), "__func__", None) is source.marking:  # else wrapped once more
-                delattr(base, name)
-                if source.was_wrapped:
-                    setattr(base, name, MethodType(source.original, base))
-        model = self.vision.model
-        if self._noting and getattr(vars(model).get(_PREPARE), "__func__", None) is self._noting:
-            delattr(model, _PREPARE)
+        self.wraps.remove()
         for part in self._parts:
             part.remove()
 
-    def _wrap_generate(self) -> None:
+    def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
         """Lets the shortening see the caller's mask where generate() makes a larger one of it."""
-        model, self._noting = self.vision.model, None
-        if hasattr(model, _PREPARE) and _PREPARE not in vars(model):
-            self._noting = _noting(getattr(model, _PREPARE).__func__)
-            setattr(model, _PREPARE, MethodType(self._noting, model))
+        self.shortening.note_mask(mask, inputs)
 
     def _captures(self) -> list[Capture]:
         return list({id(source.capture): source.capture for source in self.sources.values()}.values())
@@ -280,8 +259,6 @@ class _Source:
     layout: LayoutFunction
     capture: Capture
     original: Any = None
-    marking: Any = None
-    was_wrapped: bool = False
 
 
 def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, _Source]:
@@ -309,27 +286,3 @@ def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, 
         capture = capture if same else Capture(vision.video_encoder, needs, method.name, signal)
         sources["get_video_features"] = _Source(vision.host.video, capture)
     return sources
-
-
-def _marking(name: str, original: Any) -> Any:
-    """The instance's own method. It finds its stage on the model, as a deep copy must."""
-
-    @functools.wraps(original)  # generate() reads the signature
-    def get_features(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stage = getattr(base, _STAGE, None)
-        return stage.features(name, base, *args, **kwargs) if stage else original(base, *args, **kwargs)
-
-    return get_features
-
-
-def _noting(original: Any) -> Any:
-    """The model's own prepare_inputs_for_generation; the shortening of the model is told the mask."""
-
-    @functools.wraps(original)
-    def prepare_inputs_for_generation(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inputs = original(model, *args, **kwargs)
-        if stage := getattr(features_owner(model), _STAGE, None):
-            stage.shortening.note_mask(kwargs.get("attention_mask"), inputs)
-        return inputs
-
-    return prepare_inputs_for_generation
