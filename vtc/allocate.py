@@ -55,11 +55,7 @@ class Allocation:
         raise NotImplementedError
 
     def shown(self) -> str | dict[str, Any]:
-        """As `compress()` takes it and JSON holds it: its name, with its options where they are others than
-        usual."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = any(options[f.name] != f.default for f in dataclasses.fields(self))
-        return {"name": self.name, **options} if changed else self.name
+        return shown(self)
 
 
 ALLOCATIONS: dict[str, type[Allocation]] = {}
@@ -82,6 +78,14 @@ def get_allocation(given: str | dict[str, Any] | Allocation) -> Allocation:
     if not isinstance(name, str) or name not in ALLOCATIONS:
         raise ValueError(f"allocate must be one of {', '.join(sorted(ALLOCATIONS))}, not {name!r}")
     return built(ALLOCATIONS[name], options, f"allocate='{name}'")
+
+
+def shown(rule: Any) -> str | dict[str, Any]:
+    """A dataclass with a name as `compress()` takes it and JSON holds it: the name, with its options where
+    they are others than usual."""
+    options = {option.name: getattr(rule, option.name) for option in dataclasses.fields(rule)}
+    changed = any(options[option.name] != option.default for option in dataclasses.fields(rule))
+    return {"name": rule.name, **options} if changed else rule.name
 
 
 def built(cls: type[Any], options: dict[str, Any], what: str) -> Any:

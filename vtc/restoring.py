@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .allocate import built
+from .allocate import built, shown
 from .nearest import nearest
 from .tokens import Reduction, Tokens
 
@@ -33,11 +32,7 @@ class Nearest:
         return replace(reduction, source=slot, weight=tokens.size, pruned=False)
 
     def shown(self) -> str | dict[str, Any]:
-        """As `compress()` takes it and JSON holds it: its name, with its options where they are others than
-        usual."""
-        options = dataclasses.asdict(self)
-        changed = any(options[field.name] != field.default for field in dataclasses.fields(self))
-        return {"name": self.name, **options} if changed else self.name
+        return shown(self)
 
 
 @dataclass(frozen=True)
