@@ -1,0 +1,253 @@
+"""What all tokenizers share: images to tokens and back, lengths, and the registry that names them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoints
+from .bottlenecks import Bottleneck
+from .policies import Policy
+from .sequence import TokenSequence
+
+Length = int | Sequence[int] | Tensor | Policy
+
+
+class Tokenizer(nn.Module):
+    """An image as an ordered sequence of 1 to `max_tokens` tokens, and back.
+
+    A system subclasses this, is decorated with `register_tokenizer`, and defines
+
+    Config           a frozen dataclass of its options, `image_size` among them; `self.config` is one
+    quantize         its bottleneck (vtc.tokenizers.bottlenecks)
+    encode_images    (B, 3, H, W), k -> a TokenSequence of k tokens for every image
+    decode_values    values (B, k, d), valid (B, k), index (B, k) -> (B, 3, H, W); an image comes out as if its
+                     padding was not there, whatever else is in the batch
+    halt             where `halts`: images, epsilon -> a TokenSequence with as many tokens of each as it chooses
+
+    and where weights of it are published: `published`, the configuration of each by its name on the Hub;
+    `config_from`, which reads a published configuration; `rename`, which turns a published state dict into
+    this one's.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    weights: ClassVar[str] = "none published"  # the licence of the published weights
+    Config: ClassVar[type]
+    published: ClassVar[dict[str, Any]] = {}
+    ordered: ClassVar[bool] = True  # the first k tokens are a picture, the better the more
+    prefix_stable: ClassVar[bool] = True  # encoding with k tokens gives the first k of encoding with all
+    halts: ClassVar[bool] = False  # chooses the length itself
+
+    config: Any
+    quantize: Bottleneck
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.Config):
+            raise TypeError(f"{type(self).__name__} takes a {type(self).__name__}.Config, not {config!r}")
+        self.config = config
+
+    # -- lengths
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The numbers of tokens an image may have, ascending."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens(self) -> int:
+        return self.lengths[-1]
+
+    @property
+    def bits_per_token(self) -> float:
+        """log2 of the number of codes; 16 per number of a continuous token."""
+        return self.quantize.bits
+
+    # -- images to tokens to images
+
+    def encode(self, images: Tensor, length: Length | None = None) -> TokenSequence:
+        """The tokens of images (B, 3, H, W) with values in [0, 1].
+
+        length: None for all tokens; a number; one number for each image; or a Policy that chooses.
+        Raises ValueError for images of another shape or range, and for a length the tokenizer does not have.
+        """
+        self._check_images(images)
+        if isinstance(length, Policy):
+            return length.encode(self, images)
+        if length is None:
+            return self.encode_images(images, self.max_tokens)
+        k = self.check_length(length)
+        if not len(images):
+            return self.encode_images(images, self.max_tokens)
+        return self.encode_images(images, int(k.max())).truncate(k)
+
+    def decode(
+        self, tokens: TokenSequence, length: int | Sequence[int] | Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Images (B, 3, H, W) with values in [0, 1] from tokens, or from the first `length` of them.
+
+        options: what the system's decoder takes beside (flow decoders: steps, guidance, seed).
+        Raises ValueError for a length the tokenizer does not have, and for an image without tokens.
+        """
+        if length is not None:
+            tokens = tokens.truncate(self.check_length(length))
+        if len(tokens) and int(tokens.lengths.min()) < 1:
+            raise ValueError("an image without tokens cannot be decoded: give each at least one")
+        if tokens.values.shape[1] > self.max_tokens or tokens.values.shape[2] != self.quantize.dim:
+            raise ValueError(
+                f"{self.name} decodes up to {self.max_tokens} tokens of {self.quantize.dim} numbers, "
+                f"not {tuple(tokens.values.shape[1:])}"
+            )
+        return self.decode_values(tokens.values, tokens.valid, tokens.index, **options).clamp(0, 1)
+
+    def forward(self, images: Tensor, length: Length | None = None) -> Tensor:
+        """What is left of images at that length: (B, 3, H, W)."""
+        return self.decode(self.encode(images, length))
+
+    def tokens_of(
+        self, ids: Tensor, lengths: Sequence[int] | Tensor | None = None, index: Tensor | None = None
+    ) -> TokenSequence:
+        """The sequence with codes `ids` (B, K), as `TokenSequence.ids` gives them.
+
+        Raises ValueError for a continuous tokenizer and for a code that does not exist.
+        """
+        if lengths is None:
+            lengths = (ids >= 0).sum(1)
+        lengths = torch.as_tensor(lengths, device=ids.device)
+        own = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
+        return TokenSequence(self.quantize.lookup(ids.masked_fill(~own, 0)), lengths, ids, index)
+
+    def halt(self, images: Tensor, epsilon: float | None = None) -> TokenSequence:
+        """As many tokens of each image as the tokenizer finds enough for an error of epsilon."""
+        able = ", ".join(name for name in list_tokenizers() if get_tokenizer(name).halts)
+        raise ValueError(f"{self.name} has no halting or length head; these have: {able}")
+
+    def encode_images(self, images: Tensor, k: int) -> TokenSequence:
+        raise NotImplementedError
+
+    def decode_values(self, values: Tensor, valid: Tensor, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def check_length(self, length: int | Sequence[int] | Tensor) -> Tensor:
+        """One length or one for each image as a tensor. Raises ValueError for one the tokenizer does not have."""
+        k = torch.as_tensor(length)
+        if k.dtype.is_floating_point or k.dtype == torch.bool or k.dim() > 1:
+            raise ValueError(f"a length is a whole number, or one for each image, not {length!r}")
+        wrong = sorted(set(k.flatten().tolist()) - set(self.lengths))
+        if wrong:
+            raise ValueError(f"{self.name} encodes to {_shown(self.lengths)} tokens, not to {wrong[0]}")
+        return k
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.config.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, side, side) or not images.is_floating_point():
+            raise ValueError(
+                f"{self.name} takes float images (B, 3, {side}, {side}), not {tuple(images.shape)} {images.dtype}; "
+                "vtc.tokenizers.load_images makes them from files"
+            )
+        # within rounding: a resized or half-precision picture may stick out by a little
+        if images.numel() and not -0.01 <= float(images.min()) <= float(images.max()) <= 1.01:
+            raise ValueError("images have values in [0, 1], without mean and standard deviation taken off")
+
+    # -- weights
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **options: Any) -> Tokenizer:
+        """A tokenizer with its weights: from a folder or file that `save_pretrained` or the paper's authors
+        wrote, or by its name on the Hugging Face Hub. In evaluation mode.
+
+        options: replace those of the configuration that do not change weights.
+        Raises OSError where nothing is found, ValueError where configuration or weights are of another kind.
+        """
+        return checkpoints.load(cls, name, revision, options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors into a folder."""
+        checkpoints.save(self, folder)
+
+    @classmethod
+    def config_from(cls, published: dict[str, Any]) -> Any | None:
+        """This system's configuration from one its authors published; None where it is of another system."""
+        return None
+
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Published weights under the names of this class."""
+        return state
+
+
+_registry: dict[str, type[Tokenizer]] = {}
+
+
+def register_tokenizer(cls: type[Tokenizer]) -> type[Tokenizer]:
+    """Class decorator that makes a tokenizer known by its `name`. Raises ValueError for one in use."""
+    known = _registry.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a tokenizer named '{cls.name}' exists already ({known.__module__})")
+    _registry[cls.name] = cls
+    return cls
+
+
+def list_tokenizers() -> list[str]:
+    """The names of all systems, sorted."""
+    return sorted(_tokenizers())
+
+
+def get_tokenizer(name: str) -> type[Tokenizer]:
+    """The class of that name. Raises ValueError for an unknown one."""
+    known = _tokenizers()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
+        )
+        raise ValueError(f"there is no tokenizer {name!r}; {hint}")
+    return known[name]
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None, **options: Any) -> Tokenizer:
+    """A tokenizer of whatever system lies there; see `Tokenizer.from_pretrained`."""
+    return Tokenizer.from_pretrained(name, revision=revision, **options)
+
+
+def build(name: str, **options: Any) -> Tokenizer:
+    """A tokenizer of that system with random weights. Raises ValueError for an unknown name or option."""
+    return (cls := get_tokenizer(name))(make_config(cls, options))
+
+
+def make_config(cls: type[Tokenizer], options: dict[str, Any]) -> Any:
+    """A configuration from options as JSON has them: lists become tuples. Raises ValueError for unknown ones."""
+    fields = {field.name for field in dataclasses.fields(cls.Config)}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise ValueError(
+            f"{cls.name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(fields))}"
+        )
+    return cls.Config(**{name: _tuples(value) for name, value in options.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _tokenizers() -> dict[str, type[Tokenizer]]:
+    from . import systems  # every file of the folder that registers a tokenizer
+
+    for module in pkgutil.iter_modules(systems.__path__):
+        importlib.import_module(f"{systems.__name__}.{module.name}")
+    return _registry
+
+
+def _shown(lengths: Sequence[int]) -> str:
+    if len(lengths) > 1 and list(lengths) == list(range(lengths[0], lengths[-1] + 1)):
+        return f"{lengths[0]} to {lengths[-1]}"
+    return " or ".join(map(str, lengths))
