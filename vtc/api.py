@@ -20,7 +20,7 @@ from .tokens import Keep, check_keep
 _STAGES = ("encoder", "features", "decoder")
 _HANDLE = "_vtc_handle"
 
-Plan = str | Method | list[tuple[str | Method, dict[str, Any]]]
+Plan = str | Method | nn.Module | list[tuple[str | Method | nn.Module, dict[str, Any]]]
 
 
 class Handle:
@@ -122,8 +122,8 @@ def compress(
     model      a transformers vision-language model of a known family, or a vision transformer of timm,
                open_clip or transformers, also with a head or beside a text encoder; wrappers of PEFT,
                torch.compile and distributed training around one are opened
-    method     a name of `list_methods()`, a Method, or a list of (method, {"keep": ..., "stage": ...,
-               options})
+    method     a name of `list_methods()`, a Method, a module with weights of its own that has `as_method`
+               (`vtc.tokenizers.TokenSource`), or a list of (method, {"keep": ..., "stage": ..., options})
     keep       the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per
                image or video (one with fewer keeps all of its own). Exactly that many come out. As soon as
                one patch token of an image is dropped, its newline tokens and a CLS token go too. In an
@@ -336,6 +336,8 @@ def _step(
     carry: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
+    if isinstance(method, nn.Module) and hasattr(method, "as_method"):
+        method = method.as_method()
     if isinstance(method, Method):
         if options:
             raise ValueError(f"options {sorted(options)} belong in the method: {type(method).__name__}(...)")

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from .commands_tokenize import arguments_detokenize, arguments_tokenize
+
 METHODS = ("vtc-cls", "hiprune", "divprune", "tome", "random", "downsample")
 KEEPS = (0.5, 0.33, 0.22, 0.11, 0.05)
 ENCODER_KEEPS = (0.7, 0.5, 0.33, 0.25)
@@ -133,4 +135,5 @@ def _budget(text: str) -> int | float | str:
 
 _ARGUMENTS = {
     "demo": _demo, "sweep": _sweep, "report": _report, "ask": _ask, "draw": _draw, "profile": _profile,
+    "tokenize": arguments_tokenize, "detokenize": arguments_detokenize,
 }  # fmt: skip

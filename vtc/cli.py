@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import ENCODER_KEEPS, KEEPS, METHODS, parser
+from .commands_tokenize import detokenize, tokenize, tokenizers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vtc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vtc: stopped; a demo or sweep goes on from here when it is started again", file=sys.stderr)
+        print("vtc: stopped; a demo, sweep or tokenize goes on when it is started again", file=sys.stderr)
         return 130
     return 0
 
@@ -362,5 +363,6 @@ def _one_line(message: object) -> str:
 
 COMMANDS = {
     "methods": _methods, "hosts": _hosts, "ask": _ask, "draw": _draw, "profile": _profile, "demo": _demo,
-    "sweep": _sweep, "report": _report,
+    "sweep": _sweep, "report": _report, "tokenizers": tokenizers, "tokenize": tokenize,
+    "detokenize": detokenize,
 }  # fmt: skip

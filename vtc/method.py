@@ -103,6 +103,7 @@ class Method:
     positions: ClassVar[str] = "keep"  # or "repack": what the paper's code does to the kept tokens' positions
     needs_grid: ClassVar[bool] = False  # reads the rows and columns of one picture
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
+    source: ClassVar[Any] = None  # a module that makes the features in the place of the vision tower
     allocate: ClassVar[Any] = "proportional"  # shares an image's budget over its tiles, see allocate.py
     decoder_layer: ClassVar[int | float] = 2  # decoder stage: in front of which layer tokens are dropped
     decoder_needs: ClassVar[tuple[Need, ...] | None] = None  # what is read there, where that is not `needs`

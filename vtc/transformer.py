@@ -1,7 +1,7 @@
 """The transformer block of the learned modules, and the masks that say which token sees which.
 
-Names of parameters are those of OpenAI's CLIP, which TiTok and its descendants use. A mask is boolean, True where
-a query (row) may attend to a key (column), and is broadcast over heads.
+Names of parameters are those of OpenAI's CLIP, which TiTok and its descendants use. A mask is boolean, True
+where a query (row) may attend to a key (column), and is broadcast over heads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Attention(nn.Module):
         """x (B, T, width); mask (T, T) or (B, T, T) or (B, 1, T)."""
         b, t, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
+        qkv = qkv.view(b, t, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, d)
         if mask is not None and mask.dim() == 3:
             mask = mask[:, None]  # the same for all heads of a picture
         x = F.scaled_dot_product_attention(q, k, v, mask)

@@ -16,7 +16,7 @@ def plot_accuracy(board: Board, path: str | Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(FONT):
-        figure = _figure(7.2, 4.4)
+        figure = blank_figure(7.2, 4.4)
         axes = figure.add_subplot()
         _curves(axes, board)
         axes.set_xlabel(board.axis)
@@ -33,7 +33,7 @@ def plot_kinds(board: Board, path: str | Path) -> None:
     columns = min(4, len(board.kinds) + 1)
     rows = -(-(len(board.kinds) + 1) // columns)  # one more place, for the legend
     with matplotlib.rc_context(FONT):
-        figure = _figure(2.8 * columns, 2.4 * rows)
+        figure = blank_figure(2.8 * columns, 2.4 * rows)
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for i, kind in enumerate(board.kinds):
@@ -50,7 +50,7 @@ def plot_kinds(board: Board, path: str | Path) -> None:
         figure.savefig(path, dpi=200)
 
 
-def _figure(width: float, height: float):
+def blank_figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

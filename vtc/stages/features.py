@@ -31,6 +31,7 @@ from .reducer import Reducer
 from .resolution import LowResolution
 from .rows import Row, assemble, rows_of, whole, whole_rows
 from .shorten import Shortening
+from .source import TowerSource
 from .wraps import Wraps
 
 
@@ -62,10 +63,11 @@ class FeaturesStage:
         self.projection = Projection(vision) if front and own else None
         self.shortening = Shortening(vision, repack=positions == "repack", merge=merge)
         self.resolution = LowResolution(vision, self) if method.lowers_resolution else None
+        self.source = TowerSource(vision, method.source, self) if method.source is not None else None
         self.late = LateProjector(vision.projector) if vision.host.late else None
         reader = Reader(vision.reader) if vision.reader else None
         parts = [*self._captures(), self.shortening, self.late, reader, self.resolution]
-        parts += [self.prompt, self.projection]
+        parts += [self.prompt, self.projection, self.source]
         self._parts = [part for part in parts if part]  # what puts hooks onto the model
         self.keep = self.check(keep)
 
@@ -73,6 +75,8 @@ class FeaturesStage:
         """The budget, or an error that says why it cannot be one here."""
         if self.resolution:
             self.resolution.check(keep)
+        if self.source:
+            self.source.check(keep)
         if fraction_of_scores(check_keep(keep)) is not None:
             if not getattr(self.method, "scored", False):
                 raise ValueError(

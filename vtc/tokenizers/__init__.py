@@ -1,4 +1,4 @@
-"""Adaptive-length 1D tokenizers: an image becomes an ordered sequence of 1 to K tokens, and an image again."""
+"""Adaptive-length 1D tokenizers: an image becomes an ordered sequence of 1 to K tokens, and back."""
 
 from .base import (
     Tokenizer,
@@ -9,8 +9,17 @@ from .base import (
     register_tokenizer,
 )
 from .bottlenecks import FSQ, KL, VQ, Bottleneck, Code, Continuous
-from .policies import Fixed, Policy
+from .complexity import Complexity
+from .corpus import tokenize_folder
+from .detokenize import detokenize_folder
+from .images import load_images, to_images
+from .oracle import Oracle, Shuffled
+from .parse import parse_policy, policy_from
+from .policies import Fixed, Halting, MeanBudget, Policy
+from .quality import TargetQuality
 from .sequence import TokenSequence
+from .shards import Shard, read_shard, read_tokens, shard_files
+from .source import TokenSource
 
 __all__ = [
     "FSQ",
@@ -18,14 +27,31 @@ __all__ = [
     "VQ",
     "Bottleneck",
     "Code",
+    "Complexity",
     "Continuous",
     "Fixed",
+    "Halting",
+    "MeanBudget",
+    "Oracle",
     "Policy",
+    "Shard",
+    "Shuffled",
+    "TargetQuality",
     "TokenSequence",
+    "TokenSource",
     "Tokenizer",
     "build",
+    "detokenize_folder",
     "from_pretrained",
     "get_tokenizer",
     "list_tokenizers",
+    "load_images",
+    "parse_policy",
+    "policy_from",
+    "read_shard",
+    "read_tokens",
     "register_tokenizer",
+    "shard_files",
+    "to_images",
+    "tokenize_folder",
 ]

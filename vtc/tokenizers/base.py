@@ -29,9 +29,9 @@ class Tokenizer(nn.Module):
     Config           a frozen dataclass of its options, `image_size` among them; `self.config` is one
     quantize         its bottleneck (vtc.tokenizers.bottlenecks)
     encode_images    (B, 3, H, W), k -> a TokenSequence of k tokens for every image
-    decode_values    values (B, k, d), valid (B, k), index (B, k) -> (B, 3, H, W); an image comes out as if its
-                     padding was not there, whatever else is in the batch
-    halt             where `halts`: images, epsilon -> a TokenSequence with as many tokens of each as it chooses
+    decode_values    values (B, k, d), valid (B, k), index (B, k) -> (B, 3, H, W); an image comes out
+                     as if its padding was not there, whatever else is in the batch
+    halt             where `halts`: images, epsilon -> a TokenSequence, as many tokens of each as it chooses
 
     and where weights of it are published: `published`, the configuration of each by its name on the Hub;
     `config_from`, which reads a published configuration; `rename`, which turns a published state dict into
@@ -43,6 +43,7 @@ class Tokenizer(nn.Module):
     weights: ClassVar[str] = "none published"  # the licence of the published weights
     Config: ClassVar[type]
     published: ClassVar[dict[str, Any]] = {}
+    published_file: ClassVar[str | None] = None  # in repositories that hold other models' weights too
     ordered: ClassVar[bool] = True  # the first k tokens are a picture, the better the more
     prefix_stable: ClassVar[bool] = True  # encoding with k tokens gives the first k of encoding with all
     halts: ClassVar[bool] = False  # chooses the length itself
@@ -88,6 +89,8 @@ class Tokenizer(nn.Module):
         k = self.check_length(length)
         if not len(images):
             return self.encode_images(images, self.max_tokens)
+        if k.dim() and not self.prefix_stable:
+            return self._encode_apart(images, k)
         return self.encode_images(images, int(k.max())).truncate(k)
 
     def decode(
@@ -138,7 +141,7 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def check_length(self, length: int | Sequence[int] | Tensor) -> Tensor:
-        """One length or one for each image as a tensor. Raises ValueError for one the tokenizer does not have."""
+        """One length or one for each image as a tensor. ValueError for one the tokenizer does not have."""
         k = torch.as_tensor(length)
         if k.dtype.is_floating_point or k.dtype == torch.bool or k.dim() > 1:
             raise ValueError(f"a length is a whole number, or one for each image, not {length!r}")
@@ -147,12 +150,20 @@ class Tokenizer(nn.Module):
             raise ValueError(f"{self.name} encodes to {_shown(self.lengths)} tokens, not to {wrong[0]}")
         return k
 
+    def _encode_apart(self, images: Tensor, k: Tensor) -> TokenSequence:
+        """Each image at its own length k (B,), where fewer tokens are not the first of more."""
+        if len(k) != len(images):
+            raise ValueError(f"{len(images)} images take one length or {len(images)}, not {len(k)}")
+        own = {n: (k == n).nonzero().flatten() for n in k.unique().tolist()}
+        order = torch.cat(list(own.values())).argsort()
+        return TokenSequence.cat([self.encode_images(images[i], n) for n, i in own.items()])[order]
+
     def _check_images(self, images: Tensor) -> None:
         side = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, side, side) or not images.is_floating_point():
             raise ValueError(
-                f"{self.name} takes float images (B, 3, {side}, {side}), not {tuple(images.shape)} {images.dtype}; "
-                "vtc.tokenizers.load_images makes them from files"
+                f"{self.name} takes float images (B, 3, {side}, {side}), not {tuple(images.shape)} "
+                f"{images.dtype}; vtc.tokenizers.load_images makes them from files"
             )
         # within rounding: a resized or half-precision picture may stick out by a little
         if images.numel() and not -0.01 <= float(images.min()) <= float(images.max()) <= 1.01:
@@ -225,7 +236,7 @@ def build(name: str, **options: Any) -> Tokenizer:
 
 
 def make_config(cls: type[Tokenizer], options: dict[str, Any]) -> Any:
-    """A configuration from options as JSON has them: lists become tuples. Raises ValueError for unknown ones."""
+    """A configuration from options as JSON has them: lists become tuples. ValueError for unknown ones."""
     fields = {field.name for field in dataclasses.fields(cls.Config)}
     unknown = sorted(set(options) - fields)
     if unknown:

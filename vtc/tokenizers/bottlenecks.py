@@ -1,5 +1,5 @@
-"""Bottlenecks: what a latent may be. Each gives values for the decoder, the numbers of codes where it has such,
-and its own loss."""
+"""Bottlenecks: what a latent may be. Each gives values for the decoder, the numbers of codes where
+it has such, and its own loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
         raise NotImplementedError
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """The values of codes: ids (...) to (..., dim). Raises ValueError where there are none of that number."""
+        """The values of codes: ids (...) to (..., dim). ValueError where there are none of that number."""
         raise ValueError(f"{type(self).__name__} is continuous: it has no codes to look up")
 
     def _checked(self, ids: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class VQ(Bottleneck):
     def forward(self, z: Tensor) -> Code:
         with torch.autocast(z.device.type, enabled=False):
             z = self._scaled(z.float())
-            codebook = self._scaled(self.embedding.weight.float())
+            codebook = self._scaled(self.codebook().float())
             flat = z.detach().reshape(-1, self.dim)
             # |z - e|^2 without |z|^2, which is the same for all entries
             distance = codebook.square().sum(1) - 2 * flat @ codebook.T
@@ -71,8 +71,12 @@ class VQ(Bottleneck):
             loss = F.mse_loss(values, z.detach()) + self.beta * F.mse_loss(z, values.detach())
             return Code(z + (values - z).detach(), ids, loss)
 
+    def codebook(self) -> Tensor:
+        """The entries as they were learnt: (size, dim)."""
+        return self.embedding.weight
+
     def lookup(self, ids: Tensor) -> Tensor:
-        return self._scaled(self.embedding(self._checked(ids)))
+        return self._scaled(F.embedding(self._checked(ids), self.codebook()))
 
     def _scaled(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.l2 else z
@@ -97,13 +101,16 @@ class FSQ(Bottleneck):
 
     def forward(self, z: Tensor) -> Code:
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
-            half = (self.level - 1) * 1.001 / 2
-            offset = torch.where(self.level % 2 == 0, 0.5, 0.0)
-            bounded = (z + (offset / half).atanh()).tanh() * half - offset
+            bounded = self.bound(z)
             rounded = bounded + (bounded.round() - bounded).detach()
             ids = ((bounded.detach().round().long() + self.level // 2) * self.basis).sum(-1)
-            return Code(rounded / (self.level // 2), ids, z.new_zeros(()))
+            return Code(rounded / (self.level // 2), ids, bounded.new_zeros(()))
+
+    def bound(self, z: Tensor) -> Tensor:
+        """What is rounded: latents (..., dim) to numbers between the lowest level and the highest."""
+        half = (self.level - 1) * 1.001 / 2
+        offset = torch.where(self.level % 2 == 0, 0.5, 0.0)
+        return (z.float() + (offset / half).atanh()).tanh() * half - offset
 
     def lookup(self, ids: Tensor) -> Tensor:
         digits = self._checked(ids)[..., None] // self.basis % self.level  # (..., dim)
@@ -114,8 +121,8 @@ class FSQ(Bottleneck):
 class KL(Bottleneck):
     """A Gaussian of which the mean, or with `sample` a draw, is the value (VAE, arXiv:1312.6114).
 
-    Latents are means and log-variances side by side. The loss is the mean KL divergence from a standard normal
-    distribution, in nats per token.
+    Latents are means and log-variances side by side. The loss is the mean KL divergence from a standard
+    normal distribution, in nats per token.
     """
 
     def __init__(self, dim: int, sample: bool = False) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,9 @@ def load(cls: type[Tokenizer], name: str | Path, revision: str | None, options: 
     path = _local(name, revision)
     weights = _weights(path)
     found, config = _configuration(cls, str(name), path if path.is_dir() else path.parent, options)
-    with torch.device("meta"):
-        skeleton = found(config)
-    state = found.rename(_state(weights)) if not _own(weights.parent) else _state(weights)
-    _check(found, skeleton, state, name)
+    state = _state(weights) if _own(weights.parent) else found.rename(_state(weights))
     tokenizer = found(config)
+    _check(tokenizer, state, name)
     tokenizer.load_state_dict(state)
     return tokenizer.eval()
 
@@ -52,12 +52,23 @@ def _local(name: str | Path, revision: str | None) -> Path:
         return path
     if str(name).count("/") != 1 or path.is_absolute() or str(name).startswith("."):
         raise OSError(f"there is no folder or file {name}, and it is no name on the Hugging Face Hub")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    file = _published_file(str(name))
     try:
+        if file:
+            return Path(hf_hub_download(str(name), file, revision=revision))
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*CONFIGS, *WEIGHTS]))
     except Exception as error:  # offline, unknown, gated: the library has a class for each
         raise OSError(f"{name} is no folder here and could not be fetched from the Hub: {error}") from error
+
+
+def _published_file(name: str) -> str | None:
+    """The file of the tokenizer, where a repository on the Hub holds other models too."""
+    from .base import get_tokenizer, list_tokenizers
+
+    classes = map(get_tokenizer, list_tokenizers())
+    return next((cls.published_file for cls in classes if name in cls.published), None)
 
 
 def _weights(path: Path) -> Path:
@@ -92,14 +103,17 @@ def _configuration(
             )
         return found, make_config(found, content["options"] | options)
     for candidate in candidates:
-        config = candidate.published.get(name) or (candidate.config_from(content) if content else None)
+        # what lies beside the weights knows them best
+        config = candidate.config_from(content) if content else None
+        # files that are no Hub repositories are known by their own name
+        config = config or candidate.published.get(name) or candidate.published.get(Path(name).name)
         if config is not None:
             return candidate, dataclasses.replace(config, **options)
     if len(candidates) == 1 and options:  # a bare file of weights
         return cls, make_config(cls, options)
     raise ValueError(
-        f"{name} does not say which tokenizer it is: use the class, like Titok.from_pretrained(path, **options), "
-        "with the options of its Config"
+        f"{name} does not say which tokenizer it is: use the class, like "
+        "Titok.from_pretrained(path, **options), with the options of its Config"
     )
 
 
@@ -123,8 +137,15 @@ def _state(file: Path) -> dict[str, Tensor]:
 
         return load_file(str(file))
     # Never weights_only=False: a pickle may run what it likes.
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model", "ema", "model_state_dict"):
+    with torch.serialization.safe_globals([argparse.Namespace]):  # trainers keep their arguments beside
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{file} is not read: it is no file of weights, or would run code of its own: {error}"
+            ) from None
+    # where there is a running average of the weights, it is what the authors evaluate
+    for key in ("ema", "state_dict", "model", "model_state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     return {
@@ -132,12 +153,15 @@ def _state(file: Path) -> dict[str, Tensor]:
     }
 
 
-def _check(cls: type[Tokenizer], skeleton: Tokenizer, state: dict[str, Tensor], name: str | Path) -> None:
-    wanted = skeleton.state_dict()
+def _check(tokenizer: Tokenizer, state: dict[str, Tensor], name: str | Path) -> None:
+    wanted = tokenizer.state_dict()
     missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     shapes = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    problems = [f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''} ({len(keys)})"
-                for what, keys in (("without", missing), ("with unknown", unknown), ("of another shape", shapes))
-                if keys]  # fmt: skip
+    found = {"without": missing, "with unknown": unknown, "of another shape": shapes}
+    problems = [
+        f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''} ({len(keys)})"
+        for what, keys in found.items()
+        if keys
+    ]
     if problems:
-        raise ValueError(f"the weights of {name} are not of this {cls.name}: {'; '.join(problems)}")
+        raise ValueError(f"the weights of {name} are not of this {tokenizer.name}: {'; '.join(problems)}")

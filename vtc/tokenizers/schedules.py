@@ -48,7 +48,7 @@ class DropSchedule:
             chosen = torch.multinomial(weights, n, replacement=True, generator=generator)
             kept = torch.tensor(self.levels)[chosen]
         elif self.kind == "pow2":
-            kept = 2 ** torch.randint(0, k.bit_length(), (n,), generator=generator)
+            kept = 2 ** torch.randint(0, (k - 1).bit_length() + 1, (n,), generator=generator)
         elif self.kind == "full":
             kept = torch.full((n,), k)
         else:

@@ -17,8 +17,9 @@ class TokenSequence:
     lengths  (B,)       int64, how many tokens each image has, 0 to K
     ids      (B, K)     int64, the number of each code; -1 behind an image's own tokens; None where tokens are
                         continuous
-    index    (B, K)     int64, which of the tokenizer's places each token takes, ascending; -1 behind an image's
-                        own tokens. 0, 1, 2, ... unless the tokenizer drops tokens from the middle (KARL)
+    index    (B, K)     int64, which of the tokenizer's places each token takes, ascending; -1 behind an
+                        image's own tokens. 0, 1, 2, ... unless tokens are dropped in the middle (KARL) or
+                        stand for several places (CAT)
     extras   tensors with B rows that the tokenizer tells beside: halting probabilities, expected lengths
     """
 
@@ -53,7 +54,7 @@ class TokenSequence:
         return place[None] < self.lengths[:, None]
 
     def truncate(self, k: int | Sequence[int] | Tensor) -> TokenSequence:
-        """The first k tokens of every image, or of each its own number: k (B,). An image with fewer keeps all.
+        """The first k tokens of every image, or of each its own number: k (B,). One with fewer keeps all.
 
         Raises ValueError for a number below 1.
         """
@@ -76,6 +77,8 @@ class TokenSequence:
     def __getitem__(self, images: int | slice | Tensor) -> TokenSequence:
         """The tokens of some of the images, padded to the longest of them."""
         if isinstance(images, int):
+            if not -len(self) <= images < len(self):
+                raise IndexError(f"there is no image {images} of {len(self)}")
             images = slice(images, images + 1 or None)
         lengths = self.lengths[images]
         longest = int(lengths.max()) if len(lengths) else 0

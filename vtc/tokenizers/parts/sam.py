@@ -1,0 +1,24 @@
+"""Embeddings of pictures by SAM's vision encoder (arXiv:2304.02643), for tokenizers that decode masks of
+them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# what is taken off pixels in [0, 1]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def embedding(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """What a transformers `SamVisionModel` says of pixels (B, 3, side, side) in [0, 1]: (B, C, side / 16,
+    side / 16).
+
+    side is the encoder's, 1024 for the published ones. Raises ValueError for another one. Without gradients.
+    """
+    side = encoder.config.image_size
+    if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
+        raise ValueError(f"SAM takes pixels (B, 3, {side}, {side}), not {tuple(pixels.shape)}")
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    with torch.no_grad():
+        return encoder((pixels - mean) / std).last_hidden_state
