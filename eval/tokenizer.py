@@ -93,7 +93,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, results: Results, command: str) -> None:
         self.options, self.results, self.command = options, results, command
         self.tokenizer = tokenizer = from_pretrained(options.tokenizer).to(options.device)
-        self.lengths = sorted(options.lengths or measured_lengths(tokenizer))
+        self.lengths = sorted(set(options.lengths or measured_lengths(tokenizer)))
         tokenizer.check_length(self.lengths)
         self.about = {
             "tokenizer": options.tokenizer,
@@ -111,6 +111,8 @@ class Run:
     def make(self, sets: Sequence[Pictures], seen: Pictures | None) -> None:
         """All rows of sets of pictures; seen: scenes to count objects on."""
         sets = [data.to(self.options.device) for data in sets if len(data.images)]
+        if not sets:
+            raise ValueError("there are no pictures to measure")
         names, n = " and ".join(data.name for data in sets), sum(len(data.images) for data in sets)
         keys = [self.key(kind, data.name, len(data.images)) for data in sets for kind in ("lengths", *CODECS)]
         keys.append(self.key("policies", names, n))
@@ -135,10 +137,9 @@ class Run:
         self.add("policies", joined, partial(policies_row, self.tokenizer, joined, every, asked))
         if seen is not None:
             own = getattr(self.tokenizer.config, "epsilon", None)  # what it halts at where nobody asks
-            every_epsilon = (
-                sorted({own, *asked}, reverse=True) if asked and own and None not in asked else asked
-            )
-            self.add("objects", seen, partial(objects_row, self.tokenizer, seen, every_epsilon))
+            if asked and own and None not in asked:
+                asked = sorted({own, *asked}, reverse=True)
+            self.add("objects", seen, partial(objects_row, self.tokenizer, seen, asked))
 
     def reconstruct(self, data: Pictures) -> Reconstruction:
         start = time.perf_counter()
@@ -218,7 +219,7 @@ def measure(options: argparse.Namespace, command: str) -> None:
             run.make([photos(options.images, size)], None)
         else:
             sets = [scenes(options.scenes, size), textures(options.textures, size)]
-            run.make(sets, scenes(options.seen, size))
+            run.make(sets, scenes(options.seen, size) if options.seen else None)
 
 
 if __name__ == "__main__":

@@ -296,13 +296,24 @@ def test_no_other_target_uses_the_budget_better(metric):
 
 
 def test_a_target_that_was_found_is_not_at_an_edge():
-    curves = falling(31)
+    curves = falling(5, 2)
     for policy in (TargetQuality("l1"), Halting()):
-        budget = MeanBudget(4, policy).calibrate(Scripted(curves), pictures(31))
-        kept = Scripted(curves).encode(pictures(31), budget).lengths
-        for noise in (-1e-7, 1e-7):
-            shaken = Scripted((torch.tensor(curves) + noise).tolist())
-            assert torch.equal(shaken.encode(pictures(31), budget).lengths, kept)
+        budget = MeanBudget(50, policy).calibrate(Scripted(curves, sizes=(1, 100)), pictures(5))
+        assert budget.measured == (2 * 100 + 3) / 5  # a third would be too many
+        for noise in (-1e-5, 1e-5):
+            shaken = Scripted((torch.tensor(curves) + noise).tolist(), sizes=(1, 100))
+            assert int(shaken.encode(pictures(5), budget).lengths.sum()) == 2 * 100 + 3
+
+
+def test_calibration_decodes_an_image_at_a_length_once():
+    tokenizer = Scripted(falling(20, 32))
+    TargetQuality("l1").calibrate(tokenizer, pictures(20), 9)
+    assert len(set(tokenizer.decoded)) == len(tokenizer.decoded) < 20 * 32
+
+
+def test_errors_that_rise_on_the_way_do_not_hide_a_budget():
+    curves = [[0.1, 0.1, 0.1, 0.4, 0.4, 0.1, 0.1, 0.1]] * 3  # at both ends less than between
+    assert MeanBudget(1, TargetQuality("l1")).calibrate(Scripted(curves), pictures(3)).measured == 1
 
 
 def test_a_budget_for_all_tokens_and_for_the_fewest():

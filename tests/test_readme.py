@@ -17,6 +17,7 @@ from vtc.evaluation.report import (
     load_boards,
     methods_table,
     results_block,
+    tokenizers_table,
     varying_block,
 )
 from vtc.evaluation.results import read_rows
@@ -69,6 +70,7 @@ def test_make_has_the_two_commands():
 def test_generated_tables_are_up_to_date():
     assert generated("methods") == methods_table()
     assert generated("hosts") == hosts_table()
+    assert generated("tokenizers") == tokenizers_table()
     encoders = load_boards(ROOT / "eval/results/tiny-clip-singles.jsonl")
     assert generated("encoders") == encoders_block(encoders)
     asked = load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl")

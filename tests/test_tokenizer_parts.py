@@ -447,13 +447,13 @@ def test_weights_that_do_not_fit_are_named(saved):
     def spoil(state):
         del state["registers"]
         state["stranger"] = torch.zeros(1)
-        state["mask_tokens"] = torch.zeros(2, 2)
+        state["patch_embed.weight"] = torch.zeros(2, 2)
 
     rewritten(folder, spoil)
     with pytest.raises(ValueError) as error:
         from_pretrained(folder)
     for part in ("not of this ordered", "without registers (1)", "with unknown stranger (1)",
-                 "of another shape mask_tokens (1)"):  # fmt: skip
+                 "of another shape patch_embed.weight (1)"):  # fmt: skip
         assert part in str(error.value)
     rewritten(folder, lambda state: [state.pop(key) for key in list(state) if key.startswith("decoder.")])
     with pytest.raises(ValueError, match=r"without decoder.*\.\.\. \(\d+\)"):

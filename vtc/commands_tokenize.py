@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 DEFAULT = "tiny-tokenizer"
-LEGEND = """\
-tokens   how many a picture may have, by default; "?" needs pip install 'vision-token-compression[tokenizers]'
-codes    how many there are, by default
-ordered  the first tokens are a picture, the better the more
-prefix   encoding to fewer tokens gives the first of all tokens
-halts    chooses the number of tokens itself
-weights  the licence of published ones, which you fetch: vtc has none but its own"""
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -50,25 +42,12 @@ def detokenize(options: argparse.Namespace) -> None:
 
 def tokenizers(options: argparse.Namespace) -> None:
     """list the tokenizers"""
-    import torch
-
     from .cli import _print_columns
-    from .method import doc
-    from .tokenizers import get_tokenizer, list_tokenizers
+    from .tokenizers.listing import MEANING, rows
 
-    rows = [("tokenizer", "tokens", "codes", "ordered", "prefix", "halts", "weights", "what it is")]
-    for name in list_tokenizers():
-        cls = get_tokenizer(name)
-        try:
-            with torch.device("meta"):  # shapes only, no weights
-                tokenizer = cls(cls.Config())
-            tokens, codes = _counts(tokenizer.lengths), str(tokenizer.quantize.size or "continuous")
-        except ImportError:  # of a library that only this one needs
-            tokens = codes = "?"
-        marks = ("yes" if mark else "no" for mark in (cls.ordered, cls.prefix_stable, cls.halts))
-        rows.append((name, tokens, codes, *marks, cls.weights, doc(cls)))
-    _print_columns(rows)
-    print(f"\n{LEGEND}")
+    _print_columns(rows())
+    print()
+    _print_columns(list(MEANING.items()))
 
 
 def arguments_tokenize(command: argparse.ArgumentParser) -> None:
@@ -125,9 +104,3 @@ def _policies() -> str:
     from .tokenizers.parse import FORMS
 
     return "policies:\n" + "".join(f"  {form}\n      {what}\n" for form, what in FORMS.items())
-
-
-def _counts(lengths: Sequence[int]) -> str:
-    if len(lengths) > 2 and list(lengths) == list(range(lengths[0], lengths[-1] + 1)):
-        return f"{lengths[0]}-{lengths[-1]}"
-    return ",".join(map(str, lengths))

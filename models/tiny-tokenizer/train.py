@@ -1,8 +1,9 @@
 """The recipe of tiny-tokenizer: python models/tiny-tokenizer/train.py, under an hour on two cores.
 
-Pictures are drawn first (scenes and textures), then one run trains all of the tokenizer: in every step some
-pictures are decoded from all of their tokens and the others from a beginning (nested dropout), and the
-halting head learns from the errors of all. Started again after a stop, it goes on from the last checkpoint.
+Pictures are drawn first, scenes and textures. The tokenizer starts as their principal components, and is
+trained to reconstruct: in every step some pictures are decoded from all of their tokens and the others from a
+beginning (nested dropout). Then the halting head learns from the errors of the finished tokenizer. Started
+again after a stop, it goes on from the last checkpoint.
 The clock, drawing included, is kept over stops and written into training.json beside the weights. On a shared
 machine set OMP_WAIT_POLICY=PASSIVE.
 """
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--images", type=int, default=80_000, help="training pictures drawn in advance")
     parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--halting-steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -84,15 +86,34 @@ def train(args: argparse.Namespace) -> None:
             new["seconds"] = (seconds, busy)
             torch.save(new, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
+    teach_halting(tokenizer, pictures, args)
+    seconds = before[0] + time.perf_counter() - started
+    busy = before[1] + time.process_time()
     # Half precision halves the file; the codes it changes are those at the border of two levels.
     tokenizer.half().save_pretrained(args.out)
-    told = {"steps": args.steps, "batch": args.batch, "images": args.images, "lr": args.lr, "seed": args.seed}
-    told |= {
-        "minutes": round(seconds / 60, 1),
-        "processor_minutes": round(busy / 60, 1),
-        "threads": torch.get_num_threads(),
-    }
+    told = {name: getattr(args, name) for name in ("steps", "halting_steps", "batch", "images", "lr", "seed")}
+    told |= {"minutes": round(seconds / 60, 1), "processor_minutes": round(busy / 60, 1)}
     (args.out / "training.json").write_text(json.dumps(told, indent=2) + "\n")
+
+
+def teach_halting(tokenizer: Ordered, pictures: np.ndarray, args: argparse.Namespace) -> None:
+    """The halting head learns from the errors at three lengths of each picture."""
+    optimiser = torch.optim.AdamW(tokenizer.halting.parameters(), lr=args.lr)
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in tqdm(range(args.halting_steps), desc="halting", disable=None):
+        chosen = np.random.default_rng([args.seed, args.steps + step]).integers(0, len(pictures), args.batch)
+        drawn = [
+            schedule.draw(tokenizer.max_tokens, args.batch, generator)
+            for schedule in (UNIFORM, UNIFORM, POWERS)
+        ]
+        optimiser.param_groups[0]["lr"] = args.lr * pace(step, args.halting_steps, warm=20)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tokenizer.halting_loss(batch(pictures, chosen), torch.stack(drawn, 1))
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        with open(args.cache / "log.jsonl", "a") as log:
+            log.write(json.dumps({"step": step, "halting": round(loss.item(), 4)}) + "\n")
 
 
 def draw(file: Path, n: int, side: int) -> np.ndarray:
@@ -149,7 +170,7 @@ def _optimisers(tokenizer: Ordered, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else; the linear part, which starts as principal
     components and has small numbers, changes slowly."""
     inside = [p for part in (tokenizer.encoder, tokenizer.decoder) for p in part.parameters() if p.dim() == 2]
-    linear = [tokenizer.mean, tokenizer.analysis, tokenizer.synthesis]
+    linear = list(tokenizer.linear.parameters())
     known = set(map(id, inside + linear))
     others = [p for p in tokenizer.parameters() if id(p) not in known]
     made = [

@@ -58,7 +58,7 @@ def coded(image: Image, codec: str, limit: int | None = None) -> list[Coded]:
         small = image.resize([max(1, round(factor * side)) for side in image.size], LANCZOS)
         for quality in QUALITIES:
             data, file, payload = encode(small, quality, subsampling)
-            if limit is not None and payload > limit:  # higher qualities take more still
+            if limit is not None and payload > limit:  # higher qualities take more, but for a byte or two
                 break
             mse = float(np.square(_decoded(data, image.size) - original).mean()) / 255**2
             psnr = min(-10 * math.log10(mse), MOST) if mse else MOST

@@ -177,6 +177,6 @@ def codec_row(codec: str, data: Pictures, found: Reconstruction, bits: float) ->
             ]
             median = float(np.median(sizes))
             needed.append(median if math.isfinite(median) else None)
-        least = [min((getattr(one, count) for one in some), default=math.inf) for some in settings]
-        row[count] = {"cells": cells, "needed": needed, "least": int(min(least))}
+        least = min((getattr(one, count) for some in settings for one in some), default=None)
+        row[count] = {"cells": cells, "needed": needed, "least": least}
     return row

@@ -88,8 +88,8 @@ def lengths_legend(rows: list[Row]) -> str:
     counts = " and ".join(f"{row['n']} {row['data']}" for row in rows)
     pixels = " x ".join(map(str, first["size"]))
     return (
-        f"Means over {counts} of {pixels} pixels (± the standard deviation over pictures{scales}), {size}. Mean "
-        f"squared error from each number of tokens to the next: {steps}."
+        f"Means over {counts} of {pixels} pixels (± the standard deviation over pictures{scales}), {size}. "
+        f"Mean squared error from each number of tokens to the next: {steps}."
     )
 
 
@@ -134,7 +134,7 @@ def codec_table(rows: list[Row]) -> str:
 def _fit(row: Row, count: str, step: int) -> str:
     cell = row[count]["cells"][step]
     if not cell["fits"]:
-        return f"none (≥ {row[count]['least']})"
+        return f"none (≥ {row[count]['least']})" if row[count]["least"] else "none"
     share = "" if cell["fits"] == row["n"] else f" ({100 * cell['fits'] / row['n']:.0f} %)"
     return f"{cell['psnr']:.1f}{share}"
 

@@ -51,8 +51,8 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
 
 
 def update_readme(path: str | Path, found: list[Board]) -> list[str]:
-    """Fills the parts results, hard, varying, encoders, methods and hosts of a Markdown file, as fill_parts()
-    does.
+    """Fills the parts results, hard, varying, encoders, methods, hosts and tokenizers of a Markdown file, as
+    fill_parts() does.
 
     Boards of questions are for the first three, those of classes for encoders; without any a part stays.
     """
@@ -61,7 +61,8 @@ def update_readme(path: str | Path, found: list[Board]) -> list[str]:
     blocks = {name: partial(block, asked) for name, block in parts.items()}
     if classes:
         blocks["encoders"] = partial(encoders_block, classes)
-    return fill_parts(path, {**blocks, "methods": methods_table, "hosts": hosts_table})
+    registered = {"methods": methods_table, "hosts": hosts_table, "tokenizers": tokenizers_table}
+    return fill_parts(path, {**blocks, **registered})
 
 
 def fill_parts(path: str | Path, blocks: dict[str, Callable[[], str]]) -> list[str]:
@@ -129,6 +130,16 @@ def methods_table() -> str:
         cls = type(get_method(name))
         rows.append([f"`{name}`", ", ".join(cls.stages), doc(cls).rstrip("."), _link(cls.paper)])
     return tables.markdown(rows, "llll")
+
+
+def tokenizers_table() -> str:
+    """All systems of the registry, and what the columns mean."""
+    from ..tokenizers.listing import MEANING, rows
+
+    heading, *systems = rows()
+    meaning = "; ".join(f"*{column}*: {what}" for column, what in MEANING.items())
+    table = [heading, *([f"`{name}`", *rest[:-1], rest[-1].rstrip(".")] for name, *rest in systems)]
+    return f"{tables.markdown(table, 'l' * len(heading))}\n\n{meaning}."
 
 
 def hosts_table() -> str:

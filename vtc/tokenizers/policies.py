@@ -135,8 +135,7 @@ class MeanBudget(Policy):
         beyond, where the knob allows. Raises ValueError for no images, and for a budget that cannot be kept.
         """
         given = batches(images)
-        loose = replace(self.policy, **{self.policy.knob: None})
-        tuned = loose.calibrate(tokenizer, given, self.mean)
+        tuned = self.policy.calibrate(tokenizer, given, self.mean)
         with torch.no_grad():
             kept = torch.cat([tokenizer.encode(batch, tuned).lengths for batch in given])
         return replace(self, policy=tuned, measured=float(kept.double().mean()))

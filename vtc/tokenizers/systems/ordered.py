@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ...transformer import blocks, causal_last, initialise, present, run
 from ..base import Tokenizer, register_tokenizer
 from ..bottlenecks import FSQ, KL, VQ, Bottleneck, Continuous
+from ..parts.linear_code import LinearCode
 from ..sequence import TokenSequence
+
+LEAST = 0.002  # a share of wrong pixels below this counts as none
 
 
 @register_tokenizer
@@ -27,10 +30,11 @@ class Ordered(Tokenizer):
     of the picture's thumbnail, and the decoder starts from the draft that these give; registers and decoder
     add to that. `start_from` makes them principal components.
 
-    The halting head differs from KARL's. After each token it tells a logistic distribution of the logarithm
-    of the error (root mean square, pixels in [0, 1]) that decoding the tokens so far leaves, so that one head
-    serves every epsilon, and a smaller epsilon never gets fewer tokens. Its labels are the errors themselves,
-    which a small decoder gives in training for nothing.
+    The halting head differs from KARL's. The error is the share of wrong pixels: those of which a channel is
+    off by more than `tolerance`. After each token the head tells a logistic distribution of its logarithm, so
+    that one head serves every epsilon, and a smaller epsilon never gets fewer tokens. It is told what the
+    registers have read, and how wrong the drafts are, which the encoder knows without decoding. Its labels
+    are the errors themselves: it is trained last, when decoding a few lengths of every picture costs little.
     """
 
     name = "ordered"
@@ -42,8 +46,8 @@ class Ordered(Tokenizer):
     class Config:
         """bottleneck is "fsq" with `levels`, "vq" with `codes` of `dim` numbers, "kl" or "none" with `dim`.
 
-        epsilon and confidence are what `halt` uses where nothing is asked for: it stops at the first token
-        after which the error is at most epsilon with that probability.
+        epsilon, a share of wrong pixels, and confidence are what `halt` uses where nothing is asked for: it
+        stops at the first token after which the error is at most epsilon with that probability.
         """
 
         image_size: int = 48
@@ -59,7 +63,8 @@ class Ordered(Tokenizer):
         levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
         codes: int = 4096
         dim: int = 12
-        epsilon: float = 0.06
+        tolerance: float = 0.15
+        epsilon: float = 0.05
         confidence: float = 0.5
 
     def __init__(self, config: Config) -> None:
@@ -68,12 +73,10 @@ class Ordered(Tokenizer):
         if c.image_size % c.patch or c.width % c.heads:
             raise ValueError("patch must divide image_size, and heads must divide width")
         self.grid = c.image_size // c.patch
-        n, w, small = self.grid**2, c.width, 3 * c.thumbnail**2
+        n, w = self.grid**2, c.width
         self.quantize = _bottleneck(c)
         dim = self.quantize.dim
-        self.mean = nn.Parameter(torch.full((small,), 0.5))
-        self.analysis = nn.Parameter(torch.randn(small, c.tokens * dim) * small**-0.5)
-        self.synthesis = nn.Parameter(torch.randn(c.tokens * dim, small) * 0.01)
+        self.linear = LinearCode(c.image_size, c.thumbnail, c.tokens, dim)
         self.patch_embed = nn.Conv2d(3, w, c.patch, c.patch)
         self.patch_position = nn.Parameter(torch.randn(n, w) * 0.02)
         self.registers = nn.Parameter(torch.randn(c.tokens, w) * 0.02)
@@ -81,7 +84,7 @@ class Ordered(Tokenizer):
         self.encoder = blocks(w, c.encoder_depth, c.heads, c.ratio)
         self.encoder_norm = nn.LayerNorm(w)
         self.to_latent = nn.Linear(w, self.quantize.channels)
-        self.halting = nn.Sequential(nn.Linear(w, w), nn.GELU(), nn.Linear(w, 2))
+        self.halting = nn.Sequential(nn.Linear(w + 2, w), nn.GELU(), nn.Linear(w, 2))
         self.from_latent = nn.Linear(dim, w)
         self.token_position = nn.Parameter(torch.randn(c.tokens, w) * 0.02)
         self.draft_embed = nn.Conv2d(3, w, c.patch, c.patch)
@@ -104,7 +107,7 @@ class Ordered(Tokenizer):
 
     def read(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """What the first k registers have read (B, k, width), and their linear part (B, k, dim)."""
-        linear = self._components(images)[:, :k]  # (B, k, dim)
+        linear = self.linear.components(images)[:, :k]  # (B, k, dim)
         x = self.patch_embed(images * 2 - 1).flatten(2).transpose(1, 2) + self.patch_position  # (B, N, width)
         n = x.shape[1]
         x = torch.cat([x, self.registers[:k] + self.from_linear(linear)], 1)  # (B, N + k, width)
@@ -120,64 +123,47 @@ class Ordered(Tokenizer):
         c, n = self.config, self.grid**2
         place = index.clamp(min=0)
         tokens = self.from_latent(values) + self.token_position[place]  # (B, k, width)
-        draft = self._draft(values * valid[..., None], place)  # (B, 3, H, W)
+        draft = self.linear.draft(values * valid[..., None], place)  # (B, 3, H, W)
         x = self.draft_embed(draft * 2 - 1).flatten(2).transpose(1, 2) + self.draft_position
         x = run(self.decoder, torch.cat([x, tokens], 1), present(n, valid))  # (B, N + k, width)
         x = self.to_pixels(self.decoder_norm(x[:, :n])).transpose(1, 2)  # (B, 3 * patch * patch, N)
         return draft + F.pixel_shuffle(x.unflatten(2, (self.grid, self.grid)), c.patch)
 
-    def _components(self, images: Tensor) -> Tensor:
-        """The linear part of all tokens: (B, tokens, dim)."""
-        side = self.config.thumbnail
-        small = F.interpolate(images, (side, side), mode="area").flatten(1)
-        return ((small - self.mean) @ self.analysis).unflatten(1, (self.config.tokens, -1))
-
-    def _draft(self, values: Tensor, place: Tensor) -> Tensor:
-        """The linear part of decoding: a blurred picture (B, 3, H, W) from values (B, k, dim), which are zero
-        where there is no token."""
-        c = self.config
-        every = values.new_zeros(len(values), c.tokens, values.shape[2])
-        every = every.scatter_add(1, place[..., None].expand_as(values), values)
-        small = self.mean + every.flatten(1) @ self.synthesis
-        small = small.view(-1, 3, c.thumbnail, c.thumbnail)
-        return F.interpolate(small, (c.image_size, c.image_size), mode="bicubic")
-
-    @torch.no_grad()
     def start_from(self, images: Tensor, gain: float = 0.5) -> None:
-        """Makes the linear part the principal components of the thumbnails of images (n, 3, H, W), the
-        largest first: of all linear codes the one whose first k numbers leave the least error, for every k.
+        """Makes the linear code the principal components of images (n, 3, H, W), each with a standard
+        deviation of `gain` in front of the bottleneck."""
 
-        gain: the standard deviation of each component in front of the bottleneck. Components beyond what the
-        images or thumbnails have are zero.
+        def quantize(linear: Tensor) -> Tensor:
+            hidden = linear.new_zeros(*linear.shape[:2], self.config.width)
+            return self.quantize(self.latents(hidden, linear)).values
+
+        self.linear.start_from(images, quantize, gain)
+
+    def foretell(
+        self, images: Tensor, hidden: Tensor, values: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Location and scale of the log error with `lengths` (B, m) of the tokens: two (B, m).
+
+        hidden (B, K, width) and values (B, K, dim) are those of all tokens; later ones change nothing.
         """
-        c = self.config
-        small = F.interpolate(images, (c.thumbnail, c.thumbnail), mode="area").flatten(1)
-        self.mean.copy_(small.mean(0))
-        variance, basis = torch.linalg.eigh(torch.cov(small.T))  # ascending
-        most = min(c.tokens * self.quantize.dim, len(images) - 1, len(variance))
-        basis, spread = basis.flip(1)[:, :most], variance.flip(0)[:most].clamp(min=1e-6).sqrt()
-        for part in (self.analysis, self.synthesis):
-            part.zero_()
-        self.analysis[:, :most] = basis / spread * gain
-        linear = self._components(images)
-        latent = self.latents(linear.new_zeros(*linear.shape[:2], c.width), linear)
-        values = self.quantize(latent).values.flatten(1)[:, :most]  # (n, most)
-        wanted = (small - self.mean) @ basis
-        scale = (values * wanted).sum(0) / values.square().sum(0).clamp(min=1e-6)
-        self.synthesis[:most] = scale[:, None] * basis.T
+        with torch.no_grad():
+            off = self.linear.drafts(values, lengths) - images[:, None]  # (B, m, 3, H, W)
+        share, size = self._log_share(off), off.square().flatten(2).mean(2).add(1e-6).log()
+        read = hidden.gather(1, (lengths - 1)[..., None].expand(-1, -1, hidden.shape[2]))
+        told = self.halting(torch.cat([read, torch.stack([share, size], -1)], -1)).float()
+        return share + told[..., 0], F.softplus(told[..., 1]) + 0.05
 
-    def foretell(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale of log error after each token, from what registers have read: two (B, k)."""
-        location, scale = self.halting(hidden).float().unbind(-1)
-        return location + math.log(0.1), F.softplus(scale) + 0.01
+    def _log_share(self, off: Tensor) -> Tensor:
+        """Log of the share of wrong pixels, as if one in five hundred more was: (..., 3, H, W) to (...)."""
+        return ((off.abs().amax(-3) > self.config.tolerance).float().mean((-2, -1)) + LEAST).log()
 
     def halt(
         self, images: Tensor, epsilon: float | None = None, confidence: float | None = None
     ) -> TokenSequence:
-        """Tokens up to the first after which the root mean square error is at most epsilon, probably.
+        """Tokens up to the first after which the share of wrong pixels is at most epsilon, probably.
 
         confidence: how probably, between 0 and 1. All tokens where it is never so. Extras: `error` (B, K),
-        the foretold median error after each token. Raises ValueError for an epsilon that is not positive.
+        the foretold median share after each token. Raises ValueError for an epsilon that is not positive.
         """
         self._check_images(images)
         epsilon = self.config.epsilon if epsilon is None else epsilon
@@ -187,32 +173,41 @@ class Ordered(Tokenizer):
                 f"epsilon is positive and confidence between 0 and 1, not {epsilon} and {confidence}"
             )
         hidden, linear = self.read(images, self.max_tokens)
-        location, scale = self.foretell(hidden)
-        enough = (math.log(epsilon) - location) / scale >= math.log(confidence / (1 - confidence))
-        enough[:, -1] = True
         code = self.quantize(self.latents(hidden, linear))
-        tokens = TokenSequence.of(code.values, code.ids, error=location.exp())
-        return tokens.truncate(enough.int().argmax(1) + 1)
+        every = torch.arange(1, self.max_tokens + 1, device=images.device).expand(len(images), -1)
+        location, scale = self.foretell(images, hidden, code.values, every)
+        enough = (math.log(epsilon + LEAST) - location) / scale >= math.log(confidence / (1 - confidence))
+        enough[:, -1] = True
+        error = (location.exp() - LEAST).clamp(min=0)
+        return TokenSequence.of(code.values, code.ids, error=error).truncate(enough.int().argmax(1) + 1)
 
     def training_loss(self, images: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         """Losses to be summed, where image i is decoded from its first lengths[i] tokens: `reconstruction`,
-        the mean log of the mean square error, so that a decibel counts the same at every length; the
-        bottleneck's; `halting`, the likelihood of the errors, of which nothing but the halting head learns.
+        the mean log of the mean square error, so that a decibel counts the same at every length; and the
+        bottleneck's.
 
         Let some of the lengths be full in every step: nested dropout alone costs quality there.
         """
-        hidden, linear = self.read(images, self.max_tokens)
-        code = self.quantize(self.latents(hidden, linear))
+        code = self.quantize(self.latents(*self.read(images, self.max_tokens)))
         tokens = TokenSequence(code.values, lengths)
         decoded = self.decode_values(tokens.values, tokens.valid, tokens.index).float()
         error = (decoded - images).square().flatten(1).mean(1).clamp(min=1e-6).log()  # (B,)
-        location, scale = (
-            told.gather(1, lengths[:, None] - 1)[:, 0] for told in self.foretell(hidden.detach())
-        )
-        distance = (0.5 * error.detach() - location) / scale
+        return {"reconstruction": error.mean(), "bottleneck": code.loss}
+
+    def halting_loss(self, images: Tensor, lengths: Tensor) -> Tensor:
+        """How unlikely the halting head finds the errors at `lengths` (B, m); nothing else learns from it."""
+        with torch.no_grad():
+            hidden, linear = self.read(images, self.max_tokens)
+            values = self.quantize(self.latents(hidden, linear)).values
+            errors = []
+            for own in lengths.unbind(1):
+                tokens = TokenSequence(values, own)
+                decoded = self.decode_values(tokens.values, tokens.valid, tokens.index)
+                errors.append(self._log_share(decoded.float() - images))
+        location, scale = self.foretell(images, hidden, values, lengths)
+        distance = (torch.stack(errors, 1) - location) / scale
         # negative log-likelihood of a logistic distribution
-        halting = distance + 2 * F.softplus(-distance) + scale.log()
-        return {"reconstruction": error.mean(), "bottleneck": code.loss, "halting": halting.mean()}
+        return (distance + 2 * F.softplus(-distance) + scale.log()).mean()
 
 
 def _bottleneck(c: Ordered.Config) -> Bottleneck:

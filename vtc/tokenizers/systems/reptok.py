@@ -23,8 +23,10 @@ FLOW = Flow(noise_at=1)
 
 @register_tokenizer
 class Reptok(Tokenizer):
-    """768 numbers that DINOv2 makes of the picture's class token, of which only the start is learned; from
-    them a flow over the latents of a frozen VAE makes a picture that is alike in content, not pixel by pixel.
+    """One continuous token: DINOv2's class token, of which only the start is learned (arXiv:2510.14630).
+
+    From its 768 numbers a flow over the latents of a frozen VAE makes a picture that is alike in content, not
+    pixel by pixel.
 
     Built without pretrained weights. To train one, give DINOv2's to `load_dinov2`, and to `ae.vae` those of
     stabilityai/sd-vae-ft-mse. All of the encoder but `cls_token` is frozen, and the VAE too.

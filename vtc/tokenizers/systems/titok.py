@@ -25,7 +25,8 @@ class Titok(Tokenizer):
     mask tokens attend with those and become the picture. Weights are of two kinds. The first (L-32, B-64,
     S-128) were trained in two stages: the decoder foretells codes of MaskGIT's VQGAN, whose decoder paints
     them. They also have their latents in another layout in front of the bottleneck, of which the paper does
-    not tell (see `vtc.tokenizers.parts.latent_vit.legacy_layout`). The later ones (BL, SL, LL) give pixels at once.
+    not tell (see `vtc.tokenizers.parts.latent_vit.legacy_layout`). The later ones (BL, SL, LL) give pixels at
+    once.
 
     Departures from github.com/bytedance/1d-tokenizer: a VAE's tokens are its means unless `sample` is asked
     for; a VAE may be built with `legacy_layout` too, of which there are no weights.
