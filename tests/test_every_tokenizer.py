@@ -121,6 +121,12 @@ def test_it_tells_what_it_is(name):
 
 
 @every_tokenizer
+def test_the_outline_is_that_of_the_tokenizer(name):
+    tokenizer = made(name)
+    assert type(tokenizer).outline(tokenizer.config) == (tokenizer.lengths, tokenizer.quantize.size)
+
+
+@every_tokenizer
 def test_lengths_ascend_and_bits_are_those_of_the_bottleneck(name):
     tokenizer = made(name)
     lengths = list(tokenizer.lengths)

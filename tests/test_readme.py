@@ -79,7 +79,9 @@ def test_generated_tables_are_up_to_date():
     assert generated("varying") == varying_block(asked)
 
 
-@pytest.mark.parametrize("name, part", [("clustering", "clustering"), ("finetune_encoder", "finetune")])
+@pytest.mark.parametrize(
+    "name, part", [("clustering", "clustering"), ("finetune_encoder", "finetune"), ("tokenizer", "tokenizer")]
+)
 def test_parts_filled_by_eval_scripts_are_up_to_date(name, part):
     spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)

@@ -26,6 +26,7 @@ from vtc.evaluation.reconstruction_plot import plot_curves, reconstructions
 from vtc.evaluation.reconstruction_tables import block, monotone, newest
 from vtc.evaluation.results import read_rows
 from vtc.tokenizers import TokenSequence
+from vtc.tokenizers.errors import wrong
 from vtc.tokenizers.systems.ordered import Ordered
 
 ROOT = Path(__file__).parents[1]
@@ -286,14 +287,16 @@ def test_many_lengths_are_thinned_out():
 
 
 def table(mse, lengths=(1, 2, 3, 4)):
-    return Reconstruction(np.array(lengths), list(lengths), np.array(mse, dtype=float), {})
+    mse = np.array(mse, dtype=float)
+    return Reconstruction(np.array(lengths), list(lengths), mse, mse.round(1), {})  # wrong shares: any
 
 
 HARD = table([[0.8, 0.4, 0.2, 0.1], [0.04, 0.03, 0.03, 0.03], [0.4, 0.3, 0.1, 0.01]])
 
 
 def test_fixed_lengths_between_two_are_either_by_chance():
-    mse, psnr_ = adaptivity.fixed(HARD, 2.25)
+    mse, psnr_, wrong = adaptivity.fixed(HARD, 2.25)
+    np.testing.assert_allclose(wrong, 0.75 * HARD.wrong[:, 1] + 0.25 * HARD.wrong[:, 2])
     np.testing.assert_allclose(mse, 0.75 * HARD.mse[:, 1] + 0.25 * HARD.mse[:, 2])
     np.testing.assert_allclose(psnr_, 0.75 * HARD.psnr[:, 1] + 0.25 * HARD.psnr[:, 2])
     np.testing.assert_allclose(adaptivity.fixed(HARD, 4.0)[0], HARD.mse[:, 3])
@@ -320,7 +323,9 @@ def test_gains_are_over_the_same_mean():
     low, high = told["gain_interval"]
     assert low <= told["gain"] <= high
     none = adaptivity.outcome(HARD, np.array([2, 2, 2]))
-    assert none["gain"] == none["psnr_gain"] == 0 and none["gain_interval"] == [0, 0]
+    assert none["gain"] == none["psnr_gain"] == none["wrong_gain"] == 0 and none["gain_interval"] == [0, 0]
+    wrong = (0.1 + 0.0 + 0.0) / 3 - HARD.wrong[:, 2].mean()
+    assert told["wrong_gain"] == pytest.approx(wrong) and told["wrong"] == pytest.approx(0.1 / 3)
 
 
 def test_lengths_that_were_not_measured_are_rounded_up():
@@ -330,7 +335,7 @@ def test_lengths_that_were_not_measured_are_rounded_up():
 
 
 def test_search_reaches_one_error_within_the_mean():
-    lengths = adaptivity.at_quality(HARD, 3.0)
+    lengths = adaptivity.at_quality(HARD.lengths, HARD.mse, 3.0)
     assert lengths.mean() <= 3 and lengths[1] == 1
     errors = HARD.mse[np.arange(3), HARD.at(lengths)]
     assert errors[0] < HARD.mse[0, 0]
@@ -532,3 +537,13 @@ def test_a_curve_needs_no_codecs(folder, tmp_path):
     rows, _ = read_rows(folder[0] / "rows.jsonl")
     plot_curves([row for row in rows if row["kind"] == "lengths"], tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 1000
+
+
+def test_wrong_pixels_are_those_of_which_one_channel_is_off():
+    images = torch.full((2, 3, 4, 4), 0.5)
+    others = images.clone()
+    others[0, 0, 0, :3] += 0.16  # three of sixteen
+    others[0, 1:, 0, 0] -= 0.3  # one of them again
+    others[1] += 0.14  # everywhere, but little
+    assert wrong(images, others).tolist() == pytest.approx([3 / 16, 0])
+    assert wrong(images, others, 0.1).tolist() == pytest.approx([3 / 16, 1])

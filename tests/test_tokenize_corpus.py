@@ -36,6 +36,7 @@ from vtc.tokenizers import (
 )
 from vtc.tokenizers.detokenize import png_names
 from vtc.tokenizers.job import Job, Reading
+from vtc.tokenizers.listing import rows
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 SIDE = TINY["ordered"]["image_size"]
@@ -509,8 +510,15 @@ def test_tokenizers_lists_the_registry(run):
     rows = [re.split(r"  +", line) for line in out.split("\n\n")[0].splitlines()]
     assert code == 0 and [row[0] for row in rows[1:]] == list_tokenizers()
     ordered = next(row for row in rows if row[0] == "ordered")
-    assert ordered[1:6] == ["1-64", "64000", "yes", "yes", "yes"]
+    assert ordered[1:6] == ["1 to 64", "64000", "yes", "yes", "yes"]
     assert all(get_tokenizer(row[0]).weights == row[6] for row in rows[1:])
+
+
+def test_the_list_needs_no_diffusers(monkeypatch):
+    """Its import takes seconds, and warns of what else is installed."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # an import would raise
+    listed = {row[0]: row[1:3] for row in rows()}
+    assert listed["flextok"] == ("1 to 256", "64000") and listed["reptok"] == ("1", "continuous")
 
 
 def test_help_shows_the_policies(run, capsys):

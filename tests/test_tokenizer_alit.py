@@ -292,7 +292,7 @@ def test_the_losses_of_all_iterations(base):
         values, _ = plain_code(s, hidden, True)
         told = plain_told(s, values)
         z = F.normalize(linear(s, "pre_quantizer_mlp", layer_norm(s, "encoder_ln_post", hidden)), dim=-1)
-        wanted[f"quantize_{i}"] = 1.25 * (values - z).square().mean()
+        wanted[f"bottleneck_{i}"] = 1.25 * (values - z).square().mean()
         weight = (2.5, 2.0, 1.5)[i]
         if base == "vae":
             wanted[f"code_{i}"] = weight * (told - latents).square().mean()

@@ -270,7 +270,7 @@ def test_the_losses_of_both_phases(base):
         z = F.normalize(linear(s, "pre_quantizer_mlp", layer_norm(s, "encoder_ln_post", hidden)), dim=-1)
         told = plain_told(s, values, halted)
         latents = encode_base(s, base, images)
-        found = {f"{phase}_quantize": 1.25 * (values - z).square().mean()}
+        found = {f"{phase}_bottleneck": 1.25 * (values - z).square().mean()}
         if base == "vae":
             return told, found | {f"{phase}_code": (told - latents).square().mean()}
         codes = s["base_tokenizer.vqgan.quantize.embedding.weight"]

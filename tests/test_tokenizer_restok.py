@@ -454,7 +454,7 @@ def test_training_loss(images):
     torch.testing.assert_close(losses["reconstruction"], (decoded - images).square().mean())
     z = F.normalize(made.latents(images)[0], dim=-1)
     entries = F.normalize(made.quantize.embedding.weight, dim=-1)[made.encode(images).ids]
-    torch.testing.assert_close(losses["quantizer"], 1.25 * (z - entries).square().mean())
+    torch.testing.assert_close(losses["bottleneck"], 1.25 * (z - entries).square().mean())
 
     seen = made.latents(images)[1].mean(1) @ made.vf_proj.weight[..., 0, 0].T
     near = F.cosine_similarity(whole, seen, dim=1)
@@ -474,7 +474,7 @@ def test_training_loss(images):
 
 
 def test_features_that_were_not_asked_for(restok, images):
-    assert set(restok.training_loss(images)) == {"reconstruction", "quantizer"}
+    assert set(restok.training_loss(images)) == {"reconstruction", "bottleneck"}
     with pytest.raises(ValueError, match="made without features"):
         restok.training_loss(images, (torch.randn(3, 6), torch.randn(3, 6, 4, 4)))
 

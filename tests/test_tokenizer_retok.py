@@ -427,7 +427,7 @@ def test_training_losses_equal_plain_restatement(retok, images):
         expected[2] += 0.5 * (1 - k / (N + M)) * (1 - cosine).mean() / 4
     given = torch.stack([losses[name] for name in ("reconstruction", "map", "semantic")])
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
-    assert set(retok.training_loss(images)) == {"reconstruction", "quantizer", "map"}
+    assert set(retok.training_loss(images)) == {"reconstruction", "bottleneck", "map"}
 
 
 def test_semantics_weigh_less_the_more_tokens_are_kept(retok, images):

@@ -74,33 +74,38 @@ def _point(
     tokenizer: Tokenizer, data: Pictures, found: Reconstruction, mean: float, halted: dict[str, Row]
 ) -> Row:
     own = found.lengths.tolist()
-    lines = {"fixed": summary(found, *fixed(found, mean), mean), **halted}
+    lines = {"fixed": summary(found, fixed(found, mean), mean), **halted}
     for score in ("gradient", "jpeg"):
         tuned = Complexity(score).calibrate(own, data.images, mean)
         lines[f"complexity, {score}"] = outcome(found, tuned.choose(tokenizer, data.images).cpu().numpy())
-    lines["quality"] = outcome(found, at_quality(found, mean))
+    lines["quality"] = outcome(found, at_quality(found.lengths, found.mse, mean))
+    lines["quality, wrong"] = outcome(found, at_quality(found.lengths, found.wrong, mean))
     lines["oracle"] = outcome(found, allocate(torch.from_numpy(found.mse), own, mean).numpy())
     return {"mean": mean, "policies": lines}
 
 
-def at_quality(found: Reconstruction, mean: float) -> np.ndarray:
-    """(N,) the fewest tokens with which images reach a mean squared error, so set that the mean holds."""
+def at_quality(lengths: np.ndarray, errors: np.ndarray, mean: float) -> np.ndarray:
+    """(N,) the fewest tokens with which images reach an error (N, L), so set that the mean holds."""
 
     def reaching(error: float) -> Tensor:
-        reached = found.mse <= error
+        reached = errors <= error
         reached[:, -1] = True
-        return torch.from_numpy(found.lengths[reached.argmax(1)])
+        return torch.from_numpy(lengths[reached.argmax(1)])
 
-    return reaching(least(reaching, 0.0, float(found.mse.max()), mean)).numpy()
+    return reaching(least(reaching, -1e-9, float(errors.max()), mean)).numpy()
 
 
-def fixed(found: Reconstruction, mean: float) -> tuple[np.ndarray, np.ndarray]:
-    """Expected error and PSNR (N,) where all images have that length, or by chance one of its neighbours."""
+def fixed(found: Reconstruction, mean: float) -> list[np.ndarray]:
+    """Expected error, PSNR and share of wrong pixels (N,) where all images have that length, or by chance one
+    of its neighbours."""
     at = np.interp(mean, found.lengths, np.arange(len(found.lengths)))
     low, share = int(at), at - int(at)
     high = min(low + 1, len(found.lengths) - 1)
-    mse, psnr = ((1 - share) * table[:, low] + share * table[:, high] for table in (found.mse, found.psnr))
-    return mse, psnr
+    return [(1 - share) * table[:, low] + share * table[:, high] for table in tables(found)]
+
+
+def tables(found: Reconstruction) -> tuple[np.ndarray, ...]:
+    return found.mse, found.psnr, found.wrong
 
 
 def outcome(found: Reconstruction, chosen: np.ndarray, shuffled: bool = False) -> Row:
@@ -108,32 +113,36 @@ def outcome(found: Reconstruction, chosen: np.ndarray, shuffled: bool = False) -
     columns = found.at(chosen)
     lengths = found.lengths[columns]
     if shuffled:
-        mse, psnr = (table[:, columns].mean(1) for table in (found.mse, found.psnr))
+        each = [table[:, columns].mean(1) for table in tables(found)]
     else:
-        each = np.arange(len(columns))
-        mse, psnr = (table[each, columns] for table in (found.mse, found.psnr))
-    return summary(found, mse, psnr, float(lengths.mean()), float(lengths.std()))
+        each = [table[np.arange(len(columns)), columns] for table in tables(found)]
+    return summary(found, each, float(lengths.mean()), float(lengths.std()))
 
 
-def summary(found: Reconstruction, mse: np.ndarray, psnr: np.ndarray, mean: float, std: float = 0.0) -> Row:
-    """Means over images. of_mean: PSNR of the mean squared error of all. Gains are over fixed lengths."""
-    beside, beside_psnr = fixed(found, mean)
+def summary(found: Reconstruction, each: Sequence[np.ndarray], mean: float, std: float = 0.0) -> Row:
+    """Means over images, each of which has an error, a PSNR and a share of wrong pixels (N,). of_mean: PSNR
+    of
+    the mean squared error of all. Gains are over fixed lengths."""
+    (mse, psnr, wrong), (mse_beside, psnr_beside, wrong_beside) = each, fixed(found, mean)
 
     def gain(one: np.ndarray, other: np.ndarray) -> float:
         return float(decibels(one.mean()) - decibels(other.mean()))
 
-    def gain_of_psnr(one: np.ndarray, other: np.ndarray) -> float:
+    def gain_each(one: np.ndarray, other: np.ndarray) -> float:
         return float((one - other).mean())
 
     return {
         "mean": mean,
         "std": std,
         "of_mean": float(decibels(mse.mean())),
-        "gain": gain(mse, beside),
-        "gain_interval": bootstrap(gain, mse, beside),
+        "gain": gain(mse, mse_beside),
+        "gain_interval": bootstrap(gain, mse, mse_beside),
         "psnr": float(psnr.mean()),
-        "psnr_gain": gain_of_psnr(psnr, beside_psnr),
-        "psnr_gain_interval": bootstrap(gain_of_psnr, psnr, beside_psnr),
+        "psnr_gain": gain_each(psnr, psnr_beside),
+        "psnr_gain_interval": bootstrap(gain_each, psnr, psnr_beside),
+        "wrong": float(wrong.mean()),
+        "wrong_gain": gain_each(wrong, wrong_beside),
+        "wrong_gain_interval": bootstrap(gain_each, wrong, wrong_beside),
         "low": float(np.quantile(psnr, 0.05)),
     }
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..tokenizers import Tokenizer
+from ..tokenizers.errors import wrong
 from ..tokenizers.images import to_images
 from .codecs import SETTINGS, best, coded
 from .image_metrics import FID, MOST, ms_ssim, scales, ssim
@@ -46,12 +47,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Errors of N images at L lengths: mse (N, L). The metrics are those at some of the lengths, `ladder`:
-    (N, steps)."""
+    """Errors of N images at L lengths: mean squared error and share of wrong pixels (N, L). The metrics are
+    those at some of the lengths, `ladder`: (N, steps)."""
 
     lengths: np.ndarray  # (L,)
     ladder: list[int]
     mse: np.ndarray
+    wrong: np.ndarray
     metrics: dict[str, np.ndarray]
     fid: list[float] | None = None  # at the ladder's lengths
 
@@ -66,9 +68,8 @@ class Reconstruction:
     @staticmethod
     def cat(parts: Sequence[Reconstruction]) -> Reconstruction:
         """Several sets as one, without the metrics."""
-        return Reconstruction(
-            parts[0].lengths, parts[0].ladder, np.concatenate([part.mse for part in parts]), {}
-        )
+        mse, wrong = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mse", "wrong"))
+        return Reconstruction(parts[0].lengths, parts[0].ladder, mse, wrong, {})
 
 
 def decibels(mse: np.ndarray | float) -> np.ndarray:
@@ -108,7 +109,7 @@ def reconstruct(
     steps = ladder(lengths)
     parts = images.split(batch)
     codes = [tokenizer.encode(part) for part in parts] if tokenizer.prefix_stable else None
-    mse = np.empty((len(images), len(lengths)))
+    mse, bad = np.empty((2, len(images), len(lengths)))
     found = {name: np.empty((len(images), len(steps))) for name in metrics}
     distances = []
     for column, k in enumerate(lengths):
@@ -117,6 +118,7 @@ def reconstruct(
             tokens = codes[number].truncate(k) if codes else tokenizer.encode(part, k)
             decoded = rounded(tokenizer.decode(tokens))
             mse[rows, column] = (decoded - part).square().mean((1, 2, 3)).cpu()
+            bad[rows, column] = wrong(decoded, part).cpu()
             if k in steps:
                 for name, metric in metrics.items():
                     found[name][rows, steps.index(k)] = metric(decoded, part).cpu()
@@ -124,7 +126,7 @@ def reconstruct(
                     fid.add(decoded)
         if fid and k in steps:
             distances.append(fid.distance())
-    return Reconstruction(np.array(lengths), steps, mse, found, distances or None)
+    return Reconstruction(np.array(lengths), steps, mse, bad, found, distances or None)
 
 
 def rounded(images: Tensor) -> Tensor:

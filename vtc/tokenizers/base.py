@@ -73,6 +73,21 @@ class Tokenizer(nn.Module):
         """log2 of the number of codes; 16 per number of a continuous token."""
         return self.quantize.bits
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights: what images and tokens are computed in."""
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def outline(cls, config: Any) -> tuple[Sequence[int], int | None]:
+        """The lengths that a configuration gives and the number of codes, None where tokens are continuous.
+
+        Without weights. A system of which the networks need another library says it without them.
+        """
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        return tokenizer.lengths, tokenizer.quantize.size
+
     # -- images to tokens to images
 
     def encode(self, images: Tensor, length: Length | None = None) -> TokenSequence:
@@ -81,9 +96,10 @@ class Tokenizer(nn.Module):
         length: None for all tokens; a number; one number for each image; or a Policy that chooses.
         Raises ValueError for images of another shape or range, and for a length the tokenizer does not have.
         """
-        self._check_images(images)
         if isinstance(length, Policy):
+            self._checked(images)
             return length.encode(self, images)
+        images = self._checked(images)
         if length is None:
             return self.encode_images(images, self.max_tokens)
         k = self.check_length(length)
@@ -110,7 +126,8 @@ class Tokenizer(nn.Module):
                 f"{self.name} decodes up to {self.max_tokens} tokens of {self.quantize.dim} numbers, "
                 f"not {tuple(tokens.values.shape[1:])}"
             )
-        return self.decode_values(tokens.values, tokens.valid, tokens.index, **options).clamp(0, 1)
+        values = tokens.values.to(self.dtype)  # codes are looked up in float32
+        return self.decode_values(values, tokens.valid, tokens.index, **options).clamp(0, 1)
 
     def forward(self, images: Tensor, length: Length | None = None) -> Tensor:
         """What is left of images at that length: (B, 3, H, W)."""
@@ -147,7 +164,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"a length is a whole number, or one for each image, not {length!r}")
         wrong = sorted(set(k.flatten().tolist()) - set(self.lengths))
         if wrong:
-            raise ValueError(f"{self.name} encodes to {_shown(self.lengths)} tokens, not to {wrong[0]}")
+            raise ValueError(f"{self.name} encodes to {told(self.lengths, ' or ')} tokens, not to {wrong[0]}")
         return k
 
     def _encode_apart(self, images: Tensor, k: Tensor) -> TokenSequence:
@@ -158,7 +175,8 @@ class Tokenizer(nn.Module):
         order = torch.cat(list(own.values())).argsort()
         return TokenSequence.cat([self.encode_images(images[i], n) for n, i in own.items()])[order]
 
-    def _check_images(self, images: Tensor) -> None:
+    def _checked(self, images: Tensor) -> Tensor:
+        """The images in the type of the weights."""
         side = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, side, side) or not images.is_floating_point():
             raise ValueError(
@@ -168,6 +186,7 @@ class Tokenizer(nn.Module):
         # within rounding: a resized or half-precision picture may stick out by a little
         if images.numel() and not -0.01 <= float(images.min()) <= float(images.max()) <= 1.01:
             raise ValueError("images have values in [0, 1], without mean and standard deviation taken off")
+        return images.to(self.dtype)
 
     # -- weights
 
@@ -258,7 +277,8 @@ def _tokenizers() -> dict[str, type[Tokenizer]]:
     return _registry
 
 
-def _shown(lengths: Sequence[int]) -> str:
+def told(lengths: Sequence[int], between: str = ", ") -> str:
+    """Lengths in words: "1 to 64" where there is none missing, else each of them."""
     if len(lengths) > 1 and list(lengths) == list(range(lengths[0], lengths[-1] + 1)):
         return f"{lengths[0]} to {lengths[-1]}"
-    return " or ".join(map(str, lengths))
+    return between.join(map(str, lengths))

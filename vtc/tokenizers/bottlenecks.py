@@ -76,7 +76,7 @@ class VQ(Bottleneck):
         return self.embedding.weight
 
     def lookup(self, ids: Tensor) -> Tensor:
-        return self._scaled(F.embedding(self._checked(ids), self.codebook()))
+        return self._scaled(F.embedding(self._checked(ids), self.codebook()).float())
 
     def _scaled(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.l2 else z

@@ -25,7 +25,13 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     return -10 * mse(images, others).log10()
 
 
-METRICS: dict[str, Metric] = {"l1": l1, "mse": mse, "psnr": psnr}
+def wrong(images: Tensor, others: Tensor, tolerance: float = 0.15) -> Tensor:
+    """The share of wrong pixels, of which a channel is off by more than the tolerance: (B, C, H, W) twice to
+    (B,). Faint texture and noise do not count, an object that is missing does."""
+    return ((images.float() - others.float()).abs().amax(1) > tolerance).float().mean((1, 2))
+
+
+METRICS: dict[str, Metric] = {"l1": l1, "mse": mse, "psnr": psnr, "wrong": wrong}
 RISING = ("psnr",)  # the higher the better
 
 

@@ -107,7 +107,7 @@ class Job:
         counted = True
         for tokens in encoded:
             own = tokens.valid
-            flat.append((tokens.ids if coded else tokens.values)[own].numpy())
+            flat.append((tokens.ids if coded else tokens.values.float())[own].numpy())
             index.append(tokens.index[own].numpy())
             lengths.append(tokens.lengths.numpy())
             counted &= torch.equal(tokens.index[own], own.cumsum(1)[own] - 1)

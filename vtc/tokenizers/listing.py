@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
 from ..method import doc
-from .base import get_tokenizer, list_tokenizers
+from .base import get_tokenizer, list_tokenizers, told
 
 MEANING = {
-    "tokens": "how many a picture may have, by default; ? needs pip install "
-    "'vision-token-compression[tokenizers]'",
+    "tokens": "how many a picture may have, by default",
     "codes": "how many there are, by default",
     "ordered": "the first tokens are a picture, the better the more",
     "prefix": "encoding to fewer tokens gives the first of all tokens",
@@ -25,18 +20,7 @@ def rows() -> list[tuple[str, ...]]:
     found = [("tokenizer", *MEANING, "what it is")]
     for name in list_tokenizers():
         cls = get_tokenizer(name)
-        try:
-            with torch.device("meta"):  # shapes only, no weights
-                tokenizer = cls(cls.Config())
-            tokens, codes = _counts(tokenizer.lengths), str(tokenizer.quantize.size or "continuous")
-        except ImportError:  # of a library that only this one needs
-            tokens = codes = "?"
+        lengths, codes = cls.outline(cls.Config())
         marks = ("yes" if mark else "no" for mark in (cls.ordered, cls.prefix_stable, cls.halts))
-        found.append((name, tokens, codes, *marks, cls.weights, doc(cls)))
+        found.append((name, told(lengths), str(codes or "continuous"), *marks, cls.weights, doc(cls)))
     return found
-
-
-def _counts(lengths: Sequence[int]) -> str:
-    if len(lengths) > 2 and list(lengths) == list(range(lengths[0], lengths[-1] + 1)):
-        return f"{lengths[0]} to {lengths[-1]}"
-    return ", ".join(map(str, lengths))

@@ -20,10 +20,10 @@ POLICIES: dict[str, type[Policy]] = {
 FORMS = {
     "fixed:K": "K tokens for every image",
     "halting[:EPSILON]": "as many as the tokenizer's own head finds enough for an error of EPSILON",
-    "l1:ERROR, mse:ERROR, psnr:DECIBELS": "the fewest with which an image comes out that well",
+    "l1:ERROR, mse:ERROR, psnr:DECIBELS, wrong:SHARE": "the fewest with which an image comes out that well",
     "complexity:SCORE:LENGTHS:THRESHOLDS": "by a score of the image, gradient or jpeg: "
     "complexity:jpeg:16,32,64:0.2,0.4",
-    "mean:TOKENS:POLICY": "halting, l1, mse, psnr or complexity:SCORE[:LENGTHS], tuned to that mean "
+    "mean:TOKENS:POLICY": "halting, l1, mse, psnr, wrong or complexity:SCORE[:LENGTHS], tuned to that mean "
     "on the first images: mean:32:halting",
 }
 

@@ -1,4 +1,5 @@
-"""The convolutional blocks of latent diffusion's coder (arXiv:2112.10752), parameters named as published."""
+"""The convolutional blocks of latent diffusion's coder (arXiv:2112.10752) and of those made after it,
+parameters named as published."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 
 class ResBlock(nn.Module):
+    """Two convolutions and a residual, (B, start, h, w) to (B, width, h, w)."""
+
     def __init__(self, start: int, width: int) -> None:
         super().__init__()
         self.norm1 = norm(start)
@@ -41,6 +44,8 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
+    """What stands between the way down and the way up, at the coarsest resolution."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block_1 = ResBlock(width, width)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .imagenet import Normalise
+
 
 class DINOv2(nn.Module):
     """DINOv2's transformer with registers (arXiv:2304.07193, arXiv:2309.16588), as far as its class token
@@ -101,8 +103,7 @@ class Adapted(nn.Module):
         self.backbone = nn.ModuleDict({"fc": nn.Linear(width, decoder), "ln": nn.LayerNorm(decoder)})
         for p in self.backbone["fc"].parameters():
             nn.init.zeros_(p)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to tokens (B, width)."""
@@ -124,7 +125,7 @@ class Adapted(nn.Module):
         if (times := images.shape[-1] // self.size) > 1:
             images = F.avg_pool2d(images, times)
         images = F.interpolate(images, (self.size, self.size), mode="bilinear")
-        return (images - self.mean) / self.std
+        return self.normalise(images)
 
 
 def _embedding(*shape: int) -> nn.Parameter:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .flextok_blocks import modulate, norm
 from .flow import time_embedding
+from .places import at_places
 
 
 class PatchEmbedder(nn.Module):
@@ -117,11 +118,7 @@ class MaskToken(nn.Module):
 
     def forward(self, tokens: Tensor, valid: Tensor, index: Tensor, places: int) -> Tensor:
         """Tokens (B, k, width) at their places (B, k), the mask token everywhere else: (B, places, width)."""
-        index = index.masked_fill(~valid, places)[..., None].expand_as(tokens)  # padding goes behind the last
-        b, _, width = tokens.shape
-        return (
-            self.dropout_mask_token.to(tokens).expand(b, places + 1, width).scatter(1, index, tokens)[:, :-1]
-        )
+        return at_places(tokens, valid, index, self.dropout_mask_token, places)
 
 
 class NullCondition(nn.Module):

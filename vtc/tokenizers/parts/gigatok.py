@@ -17,9 +17,12 @@ from ..bottlenecks import VQ, Code
 class Reader(nn.Module):
     """The map of a picture to tokens: queries read it, that start as averages of it, coarse to fine.
 
-    size      width, depth and heads channels  of the map, and of what a query has read grid      the map's
-    side, a power of two tokens    how many queries there are, a power of two; `padding` more stand behind,
-    that start as the last ones causal    a query attends to none behind it
+    size      width, depth and heads
+    channels  of the map, and of what a query has read
+    grid      the map's side, a power of two
+    tokens    how many queries there are, a power of two
+    padding   how many more stand behind them, which start as the last ones
+    causal    a query attends to none behind it
     """
 
     def __init__(
@@ -57,10 +60,10 @@ class Reader(nn.Module):
 class Painter(nn.Module):
     """Tokens to the map of a picture. Its queries all start as the first token.
 
-    size, channels, grid, tokens and padding as for `Reader`.
+    size, channels, grid, tokens and padding are those of `Reader`.
 
-    inner     (depth, width): with a head that says features of that width, from the queries behind as many
-    blocks
+    inner     (depth, width) of a head that says features of `width` numbers, from what the queries are after
+              `depth` blocks; None: no head
     """
 
     def __init__(

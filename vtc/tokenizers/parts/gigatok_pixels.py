@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv_blocks import conv, norm, res_blocks
+
 
 class PixelEncoder(nn.Module):
     """Pictures (B, 3, H, W) to a map (B, `z_channels`, H / s, W / s), s = 2^(levels - 1).
@@ -20,15 +22,15 @@ class PixelEncoder(nn.Module):
     def __init__(self, channels: int, multipliers: Sequence[int], z_channels: int) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv_in = conv(3, channels)
         steps = [*map(_Downsample, widths[:-1]), None]
         self.conv_blocks = nn.ModuleList(
             _Level(start, width, 2, downsample=step)
             for start, width, step in zip([channels, *widths[:-1]], widths, steps)
         )
-        self.mid = nn.ModuleList(_ResBlock(widths[-1], widths[-1]) for _ in range(2))
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+        self.mid = res_blocks(widths[-1], widths[-1], 2)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -50,22 +52,22 @@ class PixelDecoder(nn.Module):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]  # coarsest first
         starts = [widths[0], *widths[:-1]]
-        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.mid = nn.ModuleList(_ResBlock(widths[0], widths[0]) for _ in range(2))
+        self.conv_in = conv(z_channels, widths[0])
+        self.mid = res_blocks(widths[0], widths[0], 2)
         steps = [*map(_Upsample, widths[:-1]), None]
         self.conv_blocks = nn.ModuleList(
             _Level(start, width, 3, upsample=step) for start, width, step in zip(starts, widths, steps)
         )
         self.adaptive = nn.ModuleList(_AdaptiveNorm(z_channels, start) for start in starts)
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = norm(widths[-1])
+        self.conv_out = conv(widths[-1], 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for block in self.mid:
             x = block(x)
-        for norm, level in zip(self.adaptive, self.conv_blocks):
-            x = level(norm(x, z))
+        for adapt, level in zip(self.adaptive, self.conv_blocks):
+            x = level(adapt(x, z))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -81,28 +83,13 @@ class _Level(nn.Module):
         upsample: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.res = nn.ModuleList(_ResBlock(start if i == 0 else width, width) for i in range(n))
+        self.res = res_blocks(start, width, n)
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.res, self.downsample, self.upsample):
             x = x if layer is None else layer(x)
         return x
-
-
-class _ResBlock(nn.Module):
-    def __init__(self, start: int, width: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(start)
-        self.conv1 = nn.Conv2d(start, width, 3, padding=1)
-        self.norm2 = _norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(start, width, 1) if start != width else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        changed = self.conv1(F.silu(self.norm1(x)))
-        changed = self.conv2(F.silu(self.norm2(changed)))
-        return self.nin_shortcut(x) + changed
 
 
 class _Downsample(nn.Module):
@@ -117,7 +104,7 @@ class _Downsample(nn.Module):
 class _Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, 4 * width, 3, padding=1)
+        self.conv1 = conv(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)  # (B, 4 * width, h, w), channels ordered by place in the 2 x 2 cell first
@@ -137,7 +124,3 @@ class _AdaptiveNorm(nn.Module):
         variance = (z - mean).square().sum(2) / (z.shape[2] - 1)
         scale, shift = self.gamma((variance + 1e-6).sqrt()), self.beta(mean[..., 0])  # (B, width)
         return self.gn(x) * scale[..., None, None] + shift[..., None, None]
-
-
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, width, eps=1e-6)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .hierarchical import Block, grid_places, level_mask, line_places, residual_pool, rotations
+from .places import at_places
 
 FEATURES = 256  # channels of the convolutional coder's map
 
@@ -110,9 +111,7 @@ class Decoder(nn.Module):
 
     def fill(self, values: Tensor, valid: Tensor, index: Tensor) -> Tensor:
         """Values (B, k, dim) where `index` says, mask tokens elsewhere: (B, tokens, dim)."""
-        filled = self.latent_mask_token.to(values).repeat(len(values), sum(self.sizes), 1)
-        filled[valid.nonzero()[:, 0], index[valid]] = values[valid]
-        return filled
+        return at_places(values, valid, index, self.latent_mask_token, sum(self.sizes))
 
     def forward(self, z: Tensor) -> Tensor:
         return self.ffn(

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# what is taken off pixels in [0, 1]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from .imagenet import Normalise
 
 
 def embedding(encoder: nn.Module, pixels: Tensor) -> Tensor:
@@ -19,6 +18,5 @@ def embedding(encoder: nn.Module, pixels: Tensor) -> Tensor:
     side = encoder.config.image_size
     if pixels.dim() != 4 or pixels.shape[1:] != (3, side, side):
         raise ValueError(f"SAM takes pixels (B, 3, {side}, {side}), not {tuple(pixels.shape)}")
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     with torch.no_grad():
-        return encoder((pixels - mean) / std).last_hidden_state
+        return encoder(Normalise().to(pixels)(pixels)).last_hidden_state

@@ -144,7 +144,7 @@ class ALIT(LatentDistillation):
         For each image; the batch is run for the one that needs most. Extras: `error` (B,), what is reached.
         Raises ValueError for an epsilon below 0.
         """
-        self._check_images(images)
+        images = self._checked(images)
         epsilon = self.config.epsilon if epsilon is None else epsilon
         if not epsilon >= 0:
             raise ValueError(f"epsilon is a mean absolute error, 0 or more, not {epsilon}")
@@ -186,7 +186,7 @@ class ALIT(LatentDistillation):
             found = self.coder.losses(self._tell_all(code.values), latents)
             weighted = "nll" if "nll" in found else "code"
             found[weighted] = found[weighted] * WEIGHTS[min(i, len(WEIGHTS) - 1)]
-            losses |= {f"{name}_{i}": loss for name, loss in (found | {"quantize": code.loss}).items()}
+            losses |= {f"{name}_{i}": loss for name, loss in (found | {"bottleneck": code.loss}).items()}
         return losses
 
     def _found(self, hidden: Tensor, latents: Tensor, noise: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..parts.mask_vit import (
     prefix_mask,
 )
 from ..parts.maskgit import MULTIPLIERS, Decoder
+from ..parts.places import at_places
 from ..sequence import TokenSequence
 
 STAGES = ("tokens", "length")
@@ -114,7 +115,7 @@ class Alto(Tokenizer):
         the last, from 0. Raises ValueError for an epsilon, which this tokenizer does not know."""
         if epsilon is not None:
             raise ValueError("alto predicts a length, not an error: halt takes no epsilon")
-        self._check_images(images)
+        images = self._checked(images)
         latents, chances = self.encoder(images, self.latent_tokens)
         code = self.quantize(latents)
         expected = expected_place(chances) * self.max_tokens
@@ -142,12 +143,11 @@ class Alto(Tokenizer):
         mode = mode or self.config.drop_mode
         if mode not in MODES:
             raise ValueError(f"drop_mode is one of {', '.join(MODES)}, not {mode!r}")
-        # every token at its place, zeros at the others: (B, K, dim)
-        spot = index.clamp(min=0)
-        placed = values.new_zeros(len(values), self.max_tokens, values.shape[2])
-        placed = placed.scatter_add(1, spot[..., None].expand_as(values), values * valid[..., None])
-        kept = valid.new_zeros(placed.shape[:2], dtype=torch.long).scatter_add(1, spot, valid.long()) > 0
-        decoded = self.decoder(placed, kept, self._embedded(source, len(values)), mode)
+        zero = values.new_zeros(())
+        placed, kept = (  # (B, K, dim) and (B, K, 1)
+            at_places(own, valid, index, zero, self.max_tokens) for own in (values, valid[..., None])
+        )
+        decoded = self.decoder(placed, kept[..., 0], self._embedded(source, len(values)), mode)
         return (self.pixel_decoder(decoded).mean(1, keepdim=True) * 2 - 1) * 6
 
     def attach_sam(self, encoder: nn.Module) -> None:
@@ -199,7 +199,7 @@ class Alto(Tokenizer):
 
         In "tokens" each mask keeps 1 to K tokens, all equally often; in "length" as many as the length head
         says, to which gradients pass straight through. Values of the others are zero. `reconstruction`: mean
-        square error with edges up to 5 times as strong; `edges`: 0.2 times that of gradients; `quantizer`;
+        square error with edges up to 5 times as strong; `edges`: 0.2 times that of gradients; `bottleneck`;
         `length`: 0.01 times the expected place of the last token, the price of tokens.
 
         edge_growth: edges count 4 * (k / K)^edge_growth for k tokens kept. The authors' code has 0.
@@ -219,7 +219,7 @@ class Alto(Tokenizer):
         return {
             "reconstruction": mask_losses.edge_mse(decoded, masks, emphasis),
             "edges": 0.2 * mask_losses.edge_loss(decoded, masks, emphasis),
-            "quantizer": code.loss,
+            "bottleneck": code.loss,
             "length": 0.01 * expected_place(chances).mean(),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -140,6 +141,10 @@ class FlexTok(Tokenizer):
     @property
     def lengths(self) -> range:
         return range(1, self.config.tokens + 1)
+
+    @classmethod
+    def outline(cls, config: Config) -> tuple[range, int]:
+        return range(1, config.tokens + 1), math.prod(config.levels)  # without the VAE, which is diffusers'
 
     # -- images to tokens
 

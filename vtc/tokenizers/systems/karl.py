@@ -121,7 +121,7 @@ class KARL(LatentDistillation):
         monotone: instead of the configuration's. Extras: `halting` (B, max_tokens), each place's probability.
         Raises ValueError for an epsilon below 0.
         """
-        self._check_images(images)
+        images = self._checked(images)
         monotone = self.config.monotone if monotone is None else monotone
         hidden = self.read(images, self.max_tokens, self._epsilon(images, epsilon))
         halting = self.halting_logits(hidden).sigmoid()
@@ -198,8 +198,8 @@ class KARL(LatentDistillation):
         side = self.config.image_size // self.config.patch
         return F.interpolate(embedding[None], size=(side, side)).flatten(2).transpose(1, 2)  # (1, N, width)
 
-    def _named(self, phase: str, told: Tensor, latents: Tensor, quantize: Tensor, **more: Tensor) -> dict:
-        losses = self.coder.losses(told, latents) | {"quantize": quantize} | more
+    def _named(self, phase: str, told: Tensor, latents: Tensor, bottleneck: Tensor, **more: Tensor) -> dict:
+        losses = self.coder.losses(told, latents) | {"bottleneck": bottleneck} | more
         return {f"{phase}_{name}": loss for name, loss in losses.items()}
 
     def _epsilon(self, images: Tensor, epsilon: float | None) -> Tensor:

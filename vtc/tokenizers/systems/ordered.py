@@ -33,8 +33,9 @@ class Ordered(Tokenizer):
     The halting head differs from KARL's. The error is the share of wrong pixels: those of which a channel is
     off by more than `tolerance`. After each token the head tells a logistic distribution of its logarithm, so
     that one head serves every epsilon, and a smaller epsilon never gets fewer tokens. It is told what the
-    registers have read, and how wrong the drafts are, which the encoder knows without decoding. Its labels
-    are the errors themselves: it is trained last, when decoding a few lengths of every picture costs little.
+    registers have read, how many pixels stick out of the picture, and how wrong the draft is, which the
+    encoder knows without decoding. Its labels are the errors themselves: it is trained last, when decoding a
+    few lengths of every picture costs little.
     """
 
     name = "ordered"
@@ -84,7 +85,7 @@ class Ordered(Tokenizer):
         self.encoder = blocks(w, c.encoder_depth, c.heads, c.ratio)
         self.encoder_norm = nn.LayerNorm(w)
         self.to_latent = nn.Linear(w, self.quantize.channels)
-        self.halting = nn.Sequential(nn.Linear(w + 2, w), nn.GELU(), nn.Linear(w, 2))
+        self.halting = nn.Sequential(nn.Linear(w + 6, w), nn.GELU(), nn.Linear(w, 2))
         self.from_latent = nn.Linear(dim, w)
         self.token_position = nn.Parameter(torch.randn(c.tokens, w) * 0.02)
         self.draft_embed = nn.Conv2d(3, w, c.patch, c.patch)
@@ -147,15 +148,23 @@ class Ordered(Tokenizer):
         hidden (B, K, width) and values (B, K, dim) are those of all tokens; later ones change nothing.
         """
         with torch.no_grad():
-            off = self.linear.drafts(values, lengths) - images[:, None]  # (B, m, 3, H, W)
-        share, size = self._log_share(off), off.square().flatten(2).mean(2).add(1e-6).log()
+            off = self.linear.drafts(values.to(self.dtype), lengths) - images[:, None]  # (B, m, 3, H, W)
+            size = off.square().flatten(2).mean(2).add(1e-6).log()
+            plain = images - images.flatten(2).median(2).values[..., None, None]
+            contrast = torch.stack([self._log_share(plain, times) for times in (0.5, 1.0, 1.5, 2.0)], -1)
+            contrast = contrast[:, None].expand(-1, lengths.shape[1], -1)  # (B, m, 4)
+            known = torch.cat([contrast, torch.stack([self._log_share(off), size], -1)], -1)
         read = hidden.gather(1, (lengths - 1)[..., None].expand(-1, -1, hidden.shape[2]))
-        told = self.halting(torch.cat([read, torch.stack([share, size], -1)], -1)).float()
-        return share + told[..., 0], F.softplus(told[..., 1]) + 0.05
+        told = self.halting(torch.cat([read, known], -1)).float()
+        return contrast[..., 1] + told[..., 0], F.softplus(told[..., 1]) + 0.05
 
-    def _log_share(self, off: Tensor) -> Tensor:
-        """Log of the share of wrong pixels, as if one in five hundred more was: (..., 3, H, W) to (...)."""
-        return ((off.abs().amax(-3) > self.config.tolerance).float().mean((-2, -1)) + LEAST).log()
+    def _log_share(self, off: Tensor, times: float = 1.0) -> Tensor:
+        """Log of the share of wrong pixels, as if one in five hundred more was: (..., 3, H, W) to (...).
+
+        times: for a tolerance that many times as large.
+        """
+        wrong = off.abs().amax(-3) > times * self.config.tolerance
+        return (wrong.float().mean((-2, -1)) + LEAST).log()
 
     def halt(
         self, images: Tensor, epsilon: float | None = None, confidence: float | None = None
@@ -165,7 +174,7 @@ class Ordered(Tokenizer):
         confidence: how probably, between 0 and 1. All tokens where it is never so. Extras: `error` (B, K),
         the foretold median share after each token. Raises ValueError for an epsilon that is not positive.
         """
-        self._check_images(images)
+        images = self._checked(images)
         epsilon = self.config.epsilon if epsilon is None else epsilon
         confidence = self.config.confidence if confidence is None else confidence
         if not epsilon > 0 or not 0 < confidence < 1:

@@ -92,6 +92,10 @@ class Reptok(Tokenizer):
     def lengths(self) -> Sequence[int]:
         return (1,)
 
+    @classmethod
+    def outline(cls, config: Config) -> tuple[tuple[int], None]:
+        return (1,), None  # without the VAE, which is diffusers'
+
     def encode_images(self, images: Tensor, k: int) -> TokenSequence:
         return TokenSequence.of(self.encoder["dino"](images)[:, None])
 

@@ -15,6 +15,7 @@ from ...transformer import initialise
 from ..base import Tokenizer, register_tokenizer
 from ..bottlenecks import VQ
 from ..parts import maskgit
+from ..parts.imagenet import Normalise
 from ..parts.restok_coders import Decoder, Encoder, level_sizes
 from ..schedules import DropSchedule
 from ..sequence import TokenSequence
@@ -98,8 +99,7 @@ class Restok(Tokenizer):
             self.vf_proj_dec = nn.Conv2d(c.decoder[0], c.features, 1, bias=False)
         initialise(self)
         self.quantize = VQ(c.codes, c.dim, l2=True, beta=c.beta)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise()
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -112,7 +112,7 @@ class Restok(Tokenizer):
 
     def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Latents before they are quantised (B, tokens, dim), and the coarsest image tokens (B, n, width)."""
-        return self.encoder(self.pixel_encoder((images - self.mean) / self.std))
+        return self.encoder(self.pixel_encoder(self.normalise(images)))
 
     def decode_values(self, values: Tensor, valid: Tensor, index: Tensor) -> Tensor:
         self.check_length(valid.sum(1))  # the decoder has seen whole levels only
@@ -147,7 +147,7 @@ class Restok(Tokenizer):
         tokens = TokenSequence.of(code.values).truncate(kept)
         filled = self.decoder.fill(tokens.values, tokens.valid, tokens.index)
         decoded = self.pixel_decoder(self.decoder(filled))
-        losses = {"reconstruction": F.mse_loss(decoded, images), "quantizer": code.loss}
+        losses = {"reconstruction": F.mse_loss(decoded, images), "bottleneck": code.loss}
         if features is not None:
             losses["features"] = self.feature_loss(filled, image_tokens, *features)
         return losses

@@ -124,7 +124,7 @@ class ReTok(Tokenizer):
     ) -> dict[str, Tensor]:
         """Losses to be summed, where each image keeps the first k of N + M tokens, every k equally often.
 
-        `reconstruction`: mean square error of pixels in [-1, 1]; `quantizer`: of the codebook; `map`: mean
+        `reconstruction`: mean square error of pixels in [-1, 1]; `bottleneck`: of the codebook; `map`: mean
         square error of the decoder's map from the encoder's, which GigaTok leaves out after 15,000 steps;
         where features are given, `semantic` times GigaTok's 0.5.
         """
@@ -136,7 +136,7 @@ class ReTok(Tokenizer):
         painted, inner = self.paint(tokens.values, tokens.valid, tokens.index)
         losses = {
             "reconstruction": F.mse_loss(self.decoder(painted), images * 2 - 1),
-            "quantizer": code.loss,
+            "bottleneck": code.loss,
             "map": F.mse_loss(painted, grid.detach()),
         }
         if features is not None:
