@@ -1,11 +1,13 @@
 """What holds of every tokenizer. What each one computes: tests/test_tokenizer_<name>.py."""
 
+import copy
 import dataclasses
 import functools
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_tokenizers import TINY
@@ -325,7 +327,38 @@ def test_it_runs_in_half_precision(name):
     assert float(decoded.min()) >= 0 and float(decoded.max()) <= 1
 
 
+@every_tokenizer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_it_moves_to_another_type(name, dtype):
+    tokenizer = made(name)
+    moved, images = copy.deepcopy(tokenizer).to(dtype), pictures(tokenizer)
+    tokens = encode(moved, images, ragged(moved, 3))
+    decoded = decode(moved, tokens)
+    assert decoded.dtype == dtype and decoded.isfinite().all()
+    if tokenizer.halts:
+        with torch.no_grad():
+            assert moved.halt(images).values.isfinite().all()
+    if tokens.ids is not None:  # codes are all that must be kept
+        looked_up = moved.tokens_of(tokens.ids, tokens.lengths, tokens.index)
+        torch.testing.assert_close(looked_up.values, tokens.values, atol=1e-5, rtol=1e-4)
+    if dtype == torch.float64:
+        expected = encode(tokenizer, images, ragged(tokenizer, 3))
+        torch.testing.assert_close(tokens.values.float(), expected.values, atol=1e-4, rtol=1e-3)
+        same_pictures(decoded.float(), decode(tokenizer, expected))
+
+
 # -- lengths
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64"])
+def test_lengths_are_taken_as_numpy_has_them(dtype):
+    tokenizer = made("ordered")
+    images = pictures(tokenizer)
+    lengths = ragged(tokenizer, 3)
+    same_tokens(encode(tokenizer, images, np.array(lengths, dtype)), encode(tokenizer, images, lengths))
+    assert len(encode(tokenizer, images[:0], [])) == 0
+    with pytest.raises(ValueError, match="a length is a whole number"):
+        encode(tokenizer, images, "3")
 
 
 def policies(tokenizer, images):

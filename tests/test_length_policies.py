@@ -225,7 +225,7 @@ def test_a_quality_without_a_target_says_what_to_do():
     for target in (math.nan, math.inf, "x", True):
         with pytest.raises(ValueError, match="target is a"):
             TargetQuality("mse", target)
-    with pytest.raises(ValueError, match="l1, mse, psnr or a function"):
+    with pytest.raises(ValueError, match="l1, mse, psnr, wrong or a function"):
         TargetQuality("lpips", 1.0)
 
 

@@ -120,6 +120,19 @@ def test_prefixes_and_pixels():
     torch.testing.assert_close(seen[0], small, atol=2e-3, rtol=0)
 
 
+def test_it_moves_to_another_type():
+    _, processor, source = made()
+    pixels = prompt(processor)["pixel_values"]
+    with torch.no_grad():
+        expected, _ = source(pixels, 4)
+        tokens, _ = copy.deepcopy(source).double()(pixels, 4)
+        torch.testing.assert_close(tokens.float(), expected, atol=1e-3, rtol=1e-3)
+        for dtype in (torch.bfloat16, torch.float16):
+            moved = copy.deepcopy(source).to(dtype)
+            tokens, lengths = moved(pixels.to(dtype), 4)
+            assert tokens.dtype == dtype and tokens.isfinite().all() and lengths.tolist() == [4] * 3
+
+
 def test_it_learns_with_a_frozen_host():
     model, processor, source = made()
     model.requires_grad_(False)

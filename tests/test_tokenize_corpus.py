@@ -254,6 +254,13 @@ def test_the_format_of_a_shard(tmp_path, tokenize, scenes, weights):
     assert np.array(table["values"][1].as_py()).shape == (2, TINY["ordered"].get("dim", 12))
 
 
+def test_a_tokenizer_in_bfloat16_goes_there_and_back(tmp_path, tokenize, scenes):
+    torch.manual_seed(0)
+    tokenizer = build("reptok", **TINY["reptok"]).bfloat16()
+    assert tokenize(scenes, tmp_path / "out", tokenizer=tokenizer)["images"] == 10
+    assert len(detokenize_folder(tmp_path / "out", tmp_path / "back", tokenizer, device="cpu")) == 10
+
+
 def test_only_places_with_gaps_are_stored():
     """KARL's places are not 0, 1, 2, ... where it drops tokens from the middle."""
     tokenizer = build("ordered", **TINY["ordered"])

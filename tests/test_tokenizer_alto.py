@@ -15,7 +15,7 @@ from vtc.tokenizers.parts.mask_vit import (
     predicted_lengths,
     prefix_mask,
 )
-from vtc.tokenizers.systems.alto import Alto
+from vtc.tokenizers.systems.alto import ALTo
 
 K, WIDTH, HEADS, SIDE, PATCH = 8, 32, 4, 16, 4
 TINY = {
@@ -37,7 +37,7 @@ N = (SIDE // PATCH) ** 2
 
 def make(**options):
     torch.manual_seed(0)
-    made = Alto(Alto.Config(**TINY | options)).eval()
+    made = ALTo(ALTo.Config(**TINY | options)).eval()
     with torch.no_grad():  # norms and biases that cannot be overlooked
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -127,7 +127,7 @@ def published_shapes():
 
 def test_published_names_and_shapes():
     with torch.device("meta"):
-        state = Alto(Alto.published["yayafengzi/ALToLLM-8B"]).state_dict()
+        state = ALTo(ALTo.published["yayafengzi/ALToLLM-8B"]).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == published_shapes()
 
 
@@ -456,7 +456,7 @@ def test_a_wrong_source_or_mode_is_refused(alto, masks, source):
         alto.decode(tokens, drop_mode="mask")
     for options in ({"drop_mode": "mask"}, {"patch": 8}, {"image_size": 18}):
         with pytest.raises(ValueError):
-            Alto.Config(**TINY | options)
+            ALTo.Config(**TINY | options)
 
 
 # -- training
@@ -605,7 +605,7 @@ def test_the_reward_is_overlap_and_tokens_saved():
 def test_saved_and_loaded_again(alto, masks, tmp_path):
     alto.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
-    assert type(again) is Alto and again.config == alto.config
+    assert type(again) is ALTo and again.config == alto.config
     torch.testing.assert_close(again.decode(again.encode(masks)), alto.decode(alto.encode(masks)))
     assert from_pretrained(tmp_path, drop_mode="pad").config.drop_mode == "pad"
 
@@ -633,10 +633,10 @@ PUBLISHED = {
 
 
 def test_the_published_configuration_is_read():
-    assert Alto.config_from(PUBLISHED) == Alto.published["yayafengzi/ALToLLM-8B"] == Alto.Config()
+    assert ALTo.config_from(PUBLISHED) == ALTo.published["yayafengzi/ALToLLM-8B"] == ALTo.Config()
     titok = json.loads(json.dumps(PUBLISHED))
     del titok["model"]["vq_model"]["finetune_length"]
-    assert Alto.config_from(titok) is None and Alto.config_from({"model": "resnet"}) is None
+    assert ALTo.config_from(titok) is None and ALTo.config_from({"model": "resnet"}) is None
 
 
 def test_a_published_checkpoint_is_loaded_without_sam(alto, masks, tmp_path, monkeypatch):
@@ -644,11 +644,11 @@ def test_a_published_checkpoint_is_loaded_without_sam(alto, masks, tmp_path, mon
     state["module.sam.image_encoder.pos_embed"] = torch.zeros(2)
     torch.save({"model": state, "step": 3}, tmp_path / "alto.pth")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
-    again = Alto.from_pretrained(tmp_path / "alto.pth", **TINY)
+    again = ALTo.from_pretrained(tmp_path / "alto.pth", **TINY)
     torch.testing.assert_close(again.decode(again.encode(masks)), alto.decode(alto.encode(masks)))
 
     asked = []  # of the repository on the Hub, which holds a language model too, only this file is fetched
-    monkeypatch.setattr(Alto, "published", {"yayafengzi/ALToLLM-8B": alto.config})
+    monkeypatch.setattr(ALTo, "published", {"yayafengzi/ALToLLM-8B": alto.config})
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download",
         lambda *given, **options: asked.append(given) or str(tmp_path / "alto.pth"),

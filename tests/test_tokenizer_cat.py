@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from vtc.tokenizers import TokenSequence
 from vtc.tokenizers.complexity import Complexity, gradient_energy
-from vtc.tokenizers.systems.cat import Cat
+from vtc.tokenizers.systems.cat import CAT
 
 TINY = {
     "image_size": 32,
@@ -22,7 +22,7 @@ LENGTHS = (16, 64, 256)
 @pytest.fixture
 def cat():
     torch.manual_seed(0)
-    made = Cat(Cat.Config(**TINY)).eval()
+    made = CAT(CAT.Config(**TINY)).eval()
     with torch.no_grad():  # norms and biases that cannot be overlooked
         for p in made.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -74,13 +74,13 @@ def expected_shapes(widths, res_blocks, dim, exits):
 @pytest.mark.parametrize(
     "config, widths, exits",
     [
-        (Cat.Config(), [128, 128, 256, 256, 512, 512], (3, 4, 5)),
-        (Cat.Config(**TINY), [8, 16, 16, 32], (1, 2, 3)),
+        (CAT.Config(), [128, 128, 256, 256, 512, 512], (3, 4, 5)),
+        (CAT.Config(**TINY), [8, 16, 16, 32], (1, 2, 3)),
     ],
 )
 def test_names_and_shapes(config, widths, exits):
     with torch.device("meta"):
-        state = Cat(config).state_dict()
+        state = CAT(config).state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == expected_shapes(
         widths, config.res_blocks, config.dim, exits
     )
@@ -88,7 +88,7 @@ def test_names_and_shapes(config, widths, exits):
 
 def test_lengths_of_the_paper():
     with torch.device("meta"):
-        assert Cat(Cat.Config()).lengths == (64, 256, 1024)
+        assert CAT(CAT.Config()).lengths == (64, 256, 1024)
 
 
 class Plain:
@@ -262,7 +262,7 @@ def test_the_same_image_gets_the_same_tokens(cat, images):
 
 @torch.no_grad()
 def test_sampling_is_asked_for(cat, images):
-    drawing = Cat(Cat.Config(**TINY, sample=True)).eval()
+    drawing = CAT(CAT.Config(**TINY, sample=True)).eval()
     drawing.load_state_dict(cat.state_dict())
     assert not torch.equal(drawing.encode(images, 16).values, drawing.encode(images, 16).values)
     assert torch.equal(cat.encode(images, 16).values, cat.encode(images, 16).values)
@@ -298,15 +298,15 @@ def test_every_grid_sees_every_kind_of_image(cat):
 def test_bad_configurations():
     for ratios in ((3, 8), (8, 32), (8, 64)):
         with pytest.raises(ValueError, match="powers of two that divide 32 and are below it"):
-            Cat(Cat.Config(**TINY | {"ratios": ratios}))
+            CAT(CAT.Config(**TINY | {"ratios": ratios}))
     with pytest.raises(ValueError, match="go down to a ratio of 8, not 4"):
-        Cat(Cat.Config(**TINY | {"ratios": (2, 4)}))
+        CAT(CAT.Config(**TINY | {"ratios": (2, 4)}))
 
 
 @torch.no_grad()
 def test_saved_and_loaded(cat, images, tmp_path):
     cat.save_pretrained(tmp_path)
-    again = Cat.from_pretrained(tmp_path)
+    again = CAT.from_pretrained(tmp_path)
     assert dataclasses.asdict(again.config) == dataclasses.asdict(cat.config)
     k = torch.tensor([16, 256, 64, 16, 16, 16, 64, 64])
     assert torch.equal(again.encode(images, k).values, cat.encode(images, k).values)

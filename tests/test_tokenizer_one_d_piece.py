@@ -12,7 +12,7 @@ from titok_oracle import pictures
 
 from vtc.tokenizers.parts import latent_vit
 from vtc.tokenizers.systems.one_d_piece import OneDPiece
-from vtc.tokenizers.systems.titok import Titok
+from vtc.tokenizers.systems.titok import TiTok
 
 PUBLISHED = {name: (name.lower(), name.lower(), 256, 4096, 12, True) for name in "SBL"}
 
@@ -42,7 +42,7 @@ def test_published_names(name):
     config = OneDPiece.published[f"turing-motors/One-D-Piece-{name}-256"]
     assert oracle.has_shapes(OneDPiece, config, oracle.shapes(*PUBLISHED[name]))
     assert OneDPiece.config_from(official(name)) == config
-    assert Titok.config_from(official(name)) is None
+    assert TiTok.config_from(official(name)) is None
     assert OneDPiece.config_from(oracle.official(*PUBLISHED[name])) is None
     assert len(OneDPiece.published) == len(PUBLISHED)
 
@@ -93,7 +93,7 @@ def test_decoding_some_is_decoding_the_first(piece):
 
 
 def test_all_tokens_are_those_of_titok(piece):
-    titok = Titok(Titok.Config(**vars(piece.config))).double()
+    titok = TiTok(TiTok.Config(**vars(piece.config))).double()
     titok.load_state_dict(piece.state_dict())
     tokens = piece.encode(pictures())
     assert torch.equal(tokens.values, titok.encode(pictures()).values)

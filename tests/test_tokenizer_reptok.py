@@ -7,7 +7,7 @@ from torch import nn
 
 from vtc.tokenizers.parts.dinov2 import DINOv2
 from vtc.tokenizers.parts.flow_transformer import FlowTransformer
-from vtc.tokenizers.systems.reptok import Reptok
+from vtc.tokenizers.systems.reptok import RepTok
 
 TINY = {
     "image_size": 16, "encoder": (16, 2, 2), "encoder_size": 12, "encoder_patch": 4, "positions": 4,
@@ -20,7 +20,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 def make():
     torch.manual_seed(0)
-    made = Reptok(Reptok.Config(**TINY)).eval()
+    made = RepTok(RepTok.Config(**TINY)).eval()
     with torch.no_grad():  # nothing that could be overlooked, and nothing that grows
         for p in made.parameters():
             p.add_(torch.randn_like(p) * (0.15 if p.dim() == 1 else 0.5 * p[0].numel() ** -0.5))
@@ -82,13 +82,13 @@ def expected_shapes(width, depth, patch, positions, registers, flow_width, flow_
 @pytest.mark.parametrize(
     "config, expected",
     [
-        (Reptok.Config(), expected_shapes(768, 12, 14, 37, 4, 1152, 28, 72, (1024, 2))),
-        (Reptok.Config(**TINY), expected_shapes(16, 2, 4, 4, 2, 32, 2, 16, (8, 1))),
+        (RepTok.Config(), expected_shapes(768, 12, 14, 37, 4, 1152, 28, 72, (1024, 2))),
+        (RepTok.Config(**TINY), expected_shapes(16, 2, 4, 4, 2, 32, 2, 16, (8, 1))),
     ],
 )
 def test_names_and_shapes(config, expected):
     with torch.device("meta"):
-        state = Reptok(config).state_dict()
+        state = RepTok(config).state_dict()
     assert {k: tuple(v.shape) for k, v in state.items() if not k.startswith("ae.vae.")} == expected
     vae = {k: tuple(v.shape) for k, v in state.items() if k.startswith("ae.vae.")}
     assert vae["ae.vae.post_quant_conv.weight"] == (4, 4, 1, 1)
@@ -235,7 +235,7 @@ def test_frequencies_of_the_rotation():
 
 
 def test_a_new_decoder_predicts_nothing_and_a_new_projection_is_padding(images):
-    made = Reptok(Reptok.Config(**TINY))
+    made = RepTok(RepTok.Config(**TINY))
     tokens = made.encode(images).values
     assert not made.velocities(tokens)(torch.randn(3, 4, 8, 8), torch.rand(3)).any()
     projected = made.encoder["dino"].project(tokens)
@@ -342,7 +342,7 @@ def test_there_is_one_token(reptok, images):
 
 def test_larger_pictures_are_averaged_before_they_are_resized():
     torch.manual_seed(0)
-    made = Reptok(Reptok.Config(**TINY | {"image_size": 48})).eval()
+    made = RepTok(RepTok.Config(**TINY | {"image_size": 48})).eval()
     images = torch.rand(1, 3, 48, 48)
     seen = []
     made.encoder["dino"].model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -353,9 +353,9 @@ def test_larger_pictures_are_averaged_before_they_are_resized():
 
 def test_bad_configurations():
     with pytest.raises(ValueError, match="width is a multiple of head_dim"):
-        Reptok(Reptok.Config(**TINY | {"head_dim": 12}))
+        RepTok(RepTok.Config(**TINY | {"head_dim": 12}))
     with pytest.raises(ValueError, match="encoder_size is a multiple of 4, image_size one of 4"):
-        Reptok(Reptok.Config(**TINY | {"encoder_size": 14}))
+        RepTok(RepTok.Config(**TINY | {"encoder_size": 14}))
 
 
 # -- weights
@@ -387,11 +387,11 @@ def test_the_published_configuration():
             "main_level": {"width": 1152, "depth": 28, "layer_params": {"d_head": 72}},
         },
     }
-    assert Reptok.config_from({"model": model}) == Reptok.Config()
-    assert Reptok.config_from({"model": {"vq_model": {}}}) is None
+    assert RepTok.config_from({"model": model}) == RepTok.Config()
+    assert RepTok.config_from({"model": {"vq_model": {}}}) is None
     model["encoder"]["dino"]["model_version"] = "dinov2_vitl14_reg"
     with pytest.raises(ValueError, match="not dinov2_vitl14_reg"):
-        Reptok.config_from({"model": model})
+        RepTok.config_from({"model": model})
 
 
 @torch.no_grad()
@@ -410,19 +410,19 @@ def test_a_published_checkpoint_is_loaded(reptok, images, tmp_path):
     state |= {"first_stage.encoder.encoder.cls_token": torch.ones(1, 1, 16), "model.x": torch.ones(1)}
     state |= {"ema_model.net.y": torch.ones(1)}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "reptok.ckpt")
-    loaded = Reptok.from_pretrained(tmp_path / "reptok.ckpt", **TINY)
+    loaded = RepTok.from_pretrained(tmp_path / "reptok.ckpt", **TINY)
     assert torch.equal(loaded(images), reptok(images))
     first = reptok.encoder["dino"].frozen_cls_token
     torch.testing.assert_close(loaded.encoder["dino"].frozen_cls_token, first + 1)
     torch.save(inner, tmp_path / "inner.pt")
-    again = Reptok.from_pretrained(tmp_path / "inner.pt", **TINY)
+    again = RepTok.from_pretrained(tmp_path / "inner.pt", **TINY)
     assert torch.equal(again(images), reptok(images))
 
 
 @torch.no_grad()
 def test_saved_and_loaded(reptok, images, tmp_path):
     reptok.save_pretrained(tmp_path)
-    again = Reptok.from_pretrained(tmp_path, steps=2)
+    again = RepTok.from_pretrained(tmp_path, steps=2)
     assert again.config.steps == 2
     assert torch.equal(again.decode(again.encode(images), steps=3), reptok(images))
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [

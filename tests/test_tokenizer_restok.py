@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vtc.tokenizers.parts.hierarchical import level_mask, merge, residual_pool
-from vtc.tokenizers.systems.restok import Restok
+from vtc.tokenizers.systems.restok import ResTok
 
 # three stages on a grid of 4 x 4, levels of 1, 1, 2 and 4
 TINY = {
@@ -20,7 +20,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 def make(**options):
     torch.manual_seed(0)
-    made = Restok(Restok.Config(**TINY | options)).eval()
+    made = ResTok(ResTok.Config(**TINY | options)).eval()
     with torch.no_grad():  # nothing that could be overlooked, and nothing that grows
         for p in made.parameters():
             p.add_(torch.randn_like(p) * (0.15 if p.dim() == 1 else 0.3 * p[0].numel() ** -0.5))
@@ -117,25 +117,25 @@ LARGE = {"levels": 8, "codes": 8192, "dim": 8, "stages": 4, "hidden": 128, "mult
     "config, expected",
     [
         (
-            Restok.published["xushu-me/restok_l_128.r256_in1k"],
+            ResTok.published["xushu-me/restok_l_128.r256_in1k"],
             expected_shapes((1024, 24, 16), (1024, 24, 16), **LARGE),
         ),
         (
-            Restok.Config(encoder=(512, 6, 8), decoder=(768, 12, 12), features=1024),
+            ResTok.Config(encoder=(512, 6, 8), decoder=(768, 12, 12), features=1024),
             expected_shapes((512, 6, 8), (768, 12, 12), **LARGE, features=1024),
         ),
-        (Restok.Config(**TINY), expected_shapes((32, 4, 2), (16, 2, 1), 4, 32, 4, 3, 32, (1, 1, 2))),
+        (ResTok.Config(**TINY), expected_shapes((32, 4, 2), (16, 2, 1), 4, 32, 4, 3, 32, (1, 1, 2))),
     ],
 )
 def test_names_and_shapes(config, expected):
     with torch.device("meta"):
-        state = Restok(config).state_dict()
+        state = ResTok(config).state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == expected
 
 
 def test_the_published_one_has_662_million_parameters_and_128_tokens():
     with torch.device("meta"):
-        made = Restok(Restok.Config(features=1024))
+        made = ResTok(ResTok.Config(features=1024))
     assert round(sum(p.numel() for p in made.parameters()) / 1e6) == 662
     assert made.lengths == (4, 8, 16, 32, 64, 128)
     assert made.bits_per_token == 13
@@ -436,7 +436,7 @@ def test_ids_decode_to_the_same(restok, images):
 
 def test_how_often_tokens_are_dropped():
     with torch.device("meta"):
-        schedule = Restok(Restok.Config()).schedule
+        schedule = ResTok(ResTok.Config()).schedule
     weights = dict(zip(schedule.levels, schedule.weights))
     assert weights == {4: 1, 8: 2, 16: 4, 32: 8, 64: 16, 128: 124}
     drawn = schedule.draw(128, 20000, torch.Generator().manual_seed(0))
@@ -505,13 +505,13 @@ def published_config(**changes):
 
 
 def test_the_published_configuration():
-    assert Restok.config_from(published_config()) == Restok.Config()
-    assert Restok.config_from(published_config(drop_prob=0.0)) == Restok.Config()  # for inference
-    small = Restok.config_from(published_config(vit_enc_model_size="small", num_latent_tokens=64))
-    assert small == Restok.Config(encoder=(512, 6, 8), tokens=64)
-    assert Restok.config_from({"model": {"vq_model": {"num_latent_tokens": 32}}}) is None
+    assert ResTok.config_from(published_config()) == ResTok.Config()
+    assert ResTok.config_from(published_config(drop_prob=0.0)) == ResTok.Config()  # for inference
+    small = ResTok.config_from(published_config(vit_enc_model_size="small", num_latent_tokens=64))
+    assert small == ResTok.Config(encoder=(512, 6, 8), tokens=64)
+    assert ResTok.config_from({"model": {"vq_model": {"num_latent_tokens": 32}}}) is None
     with pytest.raises(ValueError, match="differs from the published one in multi_quant, is_legacy"):
-        Restok.config_from(published_config(multi_quant=False, is_legacy=False))
+        ResTok.config_from(published_config(multi_quant=False, is_legacy=False))
 
 
 @torch.no_grad()
@@ -531,7 +531,7 @@ def test_a_published_folder_is_loaded(tmp_path, images, monkeypatch):
     state = {name: value.clone() for name, value in made.state_dict().items()}
     state["foundation_model.model.norm.weight"] = torch.ones(3)
     save_file(state, tmp_path / "model.safetensors")
-    loaded = Restok.from_pretrained(tmp_path, hidden=32, multipliers=(1, 1, 2))
+    loaded = ResTok.from_pretrained(tmp_path, hidden=32, multipliers=(1, 1, 2))
     assert not loaded.training and set(made.state_dict()) - set(loaded.state_dict()) == {
         "vf_proj.weight", "vf_proj_dec.weight", "decoder.feat_mask_token"
     }  # fmt: skip
@@ -542,7 +542,7 @@ def test_a_published_folder_is_loaded(tmp_path, images, monkeypatch):
 @torch.no_grad()
 def test_saved_and_loaded(restok, images, tmp_path):
     restok.save_pretrained(tmp_path)
-    again = Restok.from_pretrained(tmp_path)
+    again = ResTok.from_pretrained(tmp_path)
     assert again.config == restok.config
     assert torch.equal(again(images, 4), restok(images, 4))
 

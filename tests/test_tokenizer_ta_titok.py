@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from titok_oracle import pictures
 
 from vtc.tokenizers.parts import latent_vit
-from vtc.tokenizers.systems.ta_titok import TaTitok
-from vtc.tokenizers.systems.titok import Titok
+from vtc.tokenizers.systems.ta_titok import TATiTok
+from vtc.tokenizers.systems.titok import TiTok
 
 # encoder, decoder, tokens, codes, numbers per token, trained in two stages
 PUBLISHED = {
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 @pytest.fixture(params=["vq", "kl"])
 def titok(request):
-    return oracle.made(TaTitok, bottleneck=request.param)
+    return oracle.made(TATiTok, bottleneck=request.param)
 
 
 def captions(n=4):
@@ -43,13 +43,13 @@ def official(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_names(name):
-    config = TaTitok.published[f"turkeyju/tokenizer_tatitok_{name}"]
+    config = TATiTok.published[f"turkeyju/tokenizer_tatitok_{name}"]
     wanted = oracle.shapes(*PUBLISHED[name]) | both("decoder.text_guidance_proj", 1024, 768)
     assert oracle.has_shapes(
-        TaTitok, config, wanted | {"decoder.text_guidance_positional_embedding": (77, 1024)}
+        TATiTok, config, wanted | {"decoder.text_guidance_positional_embedding": (77, 1024)}
     )
-    assert TaTitok.config_from(official(name)) == config
-    assert len(TaTitok.published) == len(PUBLISHED)
+    assert TATiTok.config_from(official(name)) == config
+    assert len(TATiTok.published) == len(PUBLISHED)
 
 
 def test_encode(titok):
@@ -90,7 +90,7 @@ def test_batch_equals_singles(titok):
 
 
 def test_ids_are_enough():
-    titok = oracle.made(TaTitok)
+    titok = oracle.made(TATiTok)
     tokens = titok.encode(pictures())
     again = titok.tokens_of(tokens.ids)
     found, wanted = (titok.decode(t, text=captions()) for t in (again, tokens))
@@ -131,12 +131,12 @@ def parts(tokens):
 
 def test_legacy_layout_is_refused():
     with pytest.raises(ValueError, match="ta-titok has no legacy_layout"):
-        TaTitok.Config(legacy_layout=True)
+        TATiTok.Config(legacy_layout=True)
 
 
 def test_save_and_load(titok, tmp_path):
     titok.float().save_pretrained(tmp_path)
-    again, images = TaTitok.from_pretrained(tmp_path), pictures().float()
+    again, images = TATiTok.from_pretrained(tmp_path), pictures().float()
     assert again.config == titok.config
     assert torch.equal(again(images, text=captions()), titok(images, text=captions()))
 
@@ -148,19 +148,19 @@ def test_official_folder(name, tmp_path, monkeypatch):
     content = official(name)
     content["dataset"]["preprocessing"]["crop_size"] = 32
     (tmp_path / "config.json").write_text(json.dumps(content))
-    titok = scrambled(TaTitok(TaTitok.config_from(content)))
+    titok = scrambled(TATiTok(TATiTok.config_from(content)))
     state = dict(titok.state_dict())
     if titok.quantize.size:  # where codes were trained with clustering_vq
         state["quantize.embed_prob"] = torch.rand(titok.quantize.size)
     save_file(state, tmp_path / "model.safetensors")
-    again = TaTitok.from_pretrained(tmp_path)
+    again = TATiTok.from_pretrained(tmp_path)
     images, text = torch.rand(1, 3, 32, 32), torch.randn(1, 77, 768)
     assert torch.equal(again(images, text=text), titok(images, text=text))
 
 
 def test_whose_configuration_it_is():
-    assert Titok.config_from(official("bl32_vq")) is None
+    assert TiTok.config_from(official("bl32_vq")) is None
     plain = oracle.official(*PUBLISHED["bl32_vq"])
-    assert TaTitok.config_from(plain) is None
+    assert TATiTok.config_from(plain) is None
     plain["model"]["vq_model"]["text_context_length"] = 50
-    assert TaTitok.config_from(plain) == TaTitok.Config(text_length=50)
+    assert TATiTok.config_from(plain) == TATiTok.Config(text_length=50)

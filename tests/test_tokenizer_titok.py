@@ -12,7 +12,7 @@ from titok_oracle import pictures
 
 from vtc.tokenizers.parts import latent_vit
 from vtc.tokenizers.parts.latent_vit import legacy_layout
-from vtc.tokenizers.systems.titok import Titok
+from vtc.tokenizers.systems.titok import TiTok
 
 # encoder, decoder, tokens, codes, numbers per token, trained in two stages
 PUBLISHED = {
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def made(**options):
-    return oracle.made(Titok, **options)
+    return oracle.made(TiTok, **options)
 
 
 @pytest.fixture(params=KINDS)
@@ -50,10 +50,10 @@ def titok(request):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_names(name):
-    config = Titok.published[f"yucornetto/tokenizer_titok_{name}_imagenet"]
-    assert oracle.has_shapes(Titok, config, oracle.shapes(*PUBLISHED[name]))
-    assert Titok.config_from(oracle.official(*PUBLISHED[name])) == config
-    assert len(Titok.published) == len(PUBLISHED)
+    config = TiTok.published[f"yucornetto/tokenizer_titok_{name}_imagenet"]
+    assert oracle.has_shapes(TiTok, config, oracle.shapes(*PUBLISHED[name]))
+    assert TiTok.config_from(oracle.official(*PUBLISHED[name])) == config
+    assert len(TiTok.published) == len(PUBLISHED)
 
 
 def test_encode(titok):
@@ -230,7 +230,7 @@ def test_codes_need_a_head_for_them():
 
 def test_save_and_load(titok, tmp_path):
     titok.float().save_pretrained(tmp_path)
-    again, images = Titok.from_pretrained(tmp_path), pictures().float()
+    again, images = TiTok.from_pretrained(tmp_path), pictures().float()
     assert again.config == titok.config and not again.training
     assert torch.equal(again(images), titok(images))
 
@@ -248,33 +248,33 @@ def test_official_folder(name, tmp_path, narrow):
     content["dataset"]["preprocessing"]["crop_size"] = 32
     (tmp_path / "config.json").write_text(json.dumps(content))
     small = {"pixel_hidden": 32, "pixel_blocks": 1, "pixel_codes": 16}
-    config = Titok.config_from(content)
-    titok = scrambled(Titok(Titok.Config(**(vars(config) | small))))
+    config = TiTok.config_from(content)
+    titok = scrambled(TiTok(TiTok.Config(**(vars(config) | small))))
     state = {key: p.contiguous() for key, p in titok.state_dict().items()}
     state["quantize.embed_prob"] = torch.rand(8192)
     save_file(state, tmp_path / "model.safetensors")
-    again = Titok.from_pretrained(tmp_path, **small)
+    again = TiTok.from_pretrained(tmp_path, **small)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(again(images), titok(images))
 
     save_file({key: p for key, p in state.items() if key != "latent_tokens"}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="without latent_tokens"):
-        Titok.from_pretrained(tmp_path, **small)
+        TiTok.from_pretrained(tmp_path, **small)
 
 
 def test_other_configurations():
     plain = PUBLISHED["b64"]
     one_stage = PUBLISHED["bl64_vq8k"]
-    assert Titok.config_from(oracle.official(*plain, num_min_tokens=4)) is None  # of a descendant
-    assert Titok.config_from(oracle.official(*plain, quantize_mode="softvq")) is None
-    assert Titok.config_from({"model_type": "clip", "model": "other"}) is None
-    assert Titok.config_from(oracle.official(*plain, strict_length_assertion=False)) is None
+    assert TiTok.config_from(oracle.official(*plain, num_min_tokens=4)) is None  # of a descendant
+    assert TiTok.config_from(oracle.official(*plain, quantize_mode="softvq")) is None
+    assert TiTok.config_from({"model_type": "clip", "model": "other"}) is None
+    assert TiTok.config_from(oracle.official(*plain, strict_length_assertion=False)) is None
     with pytest.raises(ValueError, match="first training stage"):
-        Titok.config_from(oracle.official(*plain, finetune_decoder=False))
+        TiTok.config_from(oracle.official(*plain, finetune_decoder=False))
     with pytest.raises(ValueError, match="no codes to paint"):
-        Titok.config_from(oracle.official(*one_stage, finetune_decoder=True))
+        TiTok.config_from(oracle.official(*one_stage, finetune_decoder=True))
     with pytest.raises(ValueError, match="patches of different sizes"):
-        Titok.config_from(oracle.official(*plain, vit_dec_patch_size=8))
+        TiTok.config_from(oracle.official(*plain, vit_dec_patch_size=8))
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def reconstructions(tokenizer: Tokenizer, images: torch.Tensor, names: Sequence[
         columns.append(("halting head", f"error {epsilon:g}" if epsilon else ""))
         cells.append(to_images(decoded))
         told = zip(tokens.lengths.tolist(), psnr(decoded, images).tolist(), strict=True)
-        captions.append([f"{k} tokens\n{db:.1f} dB" for k, db in told])
+        captions.append([f"{k} token{'s' * (k > 1)}\n{db:.1f} dB" for k, db in told])
     return _sheet(columns, cells, captions, framed=len(columns) - 1 if tokenizer.halts else None)
 
 

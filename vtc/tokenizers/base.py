@@ -159,7 +159,12 @@ class Tokenizer(nn.Module):
 
     def check_length(self, length: int | Sequence[int] | Tensor) -> Tensor:
         """One length or one for each image as a tensor. ValueError for one the tokenizer does not have."""
-        k = torch.as_tensor(length)
+        try:
+            k = torch.as_tensor(length)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"a length is a whole number, or one for each image, not {length!r}") from None
+        if k.dtype in (torch.uint16, torch.uint32, torch.uint64) or not k.numel():
+            k = k.long()  # torch hardly computes with those, and takes no numbers for floats
         if k.dtype.is_floating_point or k.dtype == torch.bool or k.dim() > 1:
             raise ValueError(f"a length is a whole number, or one for each image, not {length!r}")
         wrong = sorted(set(k.flatten().tolist()) - set(self.lengths))

@@ -113,7 +113,7 @@ def _configuration(
         return cls, make_config(cls, options)
     raise ValueError(
         f"{name} does not say which tokenizer it is: use the class, like "
-        "Titok.from_pretrained(path, **options), with the options of its Config"
+        "TiTok.from_pretrained(path, **options), with the options of its Config"
     )
 
 

@@ -72,7 +72,7 @@ class TokenSource(nn.Module):
         k: at most so many to an image.
         """
         side = self.tokenizer.config.image_size
-        images = pixels.to(self.mean) * self.std + self.mean
+        images = pixels.to(self.mean.device).float() * self.std.float() + self.mean.float()
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         length = self.length
@@ -81,7 +81,8 @@ class TokenSource(nn.Module):
         tokens = self.tokenizer.encode(images.clamp(0, 1), length)
         if k is not None:
             tokens = tokens.truncate(k)
-        x = self.lift(tokens.values) + self.position[tokens.index.clamp(min=0)]  # (B, K, width)
+        values, place = tokens.values.to(self.lift.weight), tokens.index.clamp(min=0)
+        x = self.lift(values) + self.position[place]  # (B, K, width)
         x = run(self.blocks, x, causal_last(0, x.shape[1], x.device))
         return self.norm(x) * tokens.valid[..., None], tokens.lengths
 

@@ -110,7 +110,7 @@ class MaskDecoder(LatentDecoder):
 
     def forward(self, values: Tensor, kept: Tensor, source: Tensor | None, mode: str) -> Tensor:
         """kept (B, K), True for the tokens that are there, the others being zeros; source (B, C, 4 h, 4 w) or
-        None, for mask tokens without it; mode: see `Alto.Config`."""
+        None, for mask tokens without it; mode: see `ALTo.Config`."""
         x = self.decoder_embed(values.to(self.decoder_embed.weight.dtype))
         if mode == "pad":
             x = x * kept[..., None]

@@ -29,7 +29,7 @@ STAGES = ("tokens", "length")
 
 
 @register_tokenizer
-class Alto(Tokenizer):
+class ALTo(Tokenizer):
     """Segmentation masks as 1 to 32 tokens, as many as a head predicts for each (ALTo, arXiv:2505.16495).
 
     Images are masks (B, 3, H, W), three times the same channel. Decoding is conditioned on the picture to
@@ -264,4 +264,4 @@ class Alto(Tokenizer):
         return {name: value for name, value in state.items() if not name.startswith("sam.")}
 
 
-Alto.published = {"yayafengzi/ALToLLM-8B": Alto.Config()}
+ALTo.published = {"yayafengzi/ALToLLM-8B": ALTo.Config()}

@@ -17,7 +17,7 @@ from ..sequence import TokenSequence
 
 
 @register_tokenizer
-class Cat(Tokenizer):
+class CAT(Tokenizer):
     """One VAE with several grids: 8x8, 16x16 or 32x32 tokens of a picture of 256 pixels, read row by row.
 
     The encoder leaves its way down at the grid asked for and goes through blocks that all grids share; the

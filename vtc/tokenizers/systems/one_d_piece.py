@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from ..base import register_tokenizer
 from ..schedules import DropSchedule
-from .titok import Titok
+from .titok import TiTok
 
 
 @register_tokenizer
-class OneDPiece(Titok):
+class OneDPiece(TiTok):
     """One-D-Piece: TiTok with the tail of the tokens cut off at random in training (arXiv:2501.10064).
 
     So what matters most is in front, and the first k of all tokens make a picture, for any k. The encoder
@@ -28,7 +28,7 @@ class OneDPiece(Titok):
     drop = DropSchedule("uniform", shared=True)
 
     @dataclass(frozen=True)
-    class Config(Titok.Config):
+    class Config(TiTok.Config):
         """As of TiTok."""
 
         tokens: int = 256

@@ -65,7 +65,7 @@ class Ordered(Tokenizer):
         codes: int = 4096
         dim: int = 12
         tolerance: float = 0.15
-        epsilon: float = 0.05
+        epsilon: float = 0.04
         confidence: float = 0.5
 
     def __init__(self, config: Config) -> None:
@@ -155,7 +155,7 @@ class Ordered(Tokenizer):
             contrast = contrast[:, None].expand(-1, lengths.shape[1], -1)  # (B, m, 4)
             known = torch.cat([contrast, torch.stack([self._log_share(off), size], -1)], -1)
         read = hidden.gather(1, (lengths - 1)[..., None].expand(-1, -1, hidden.shape[2]))
-        told = self.halting(torch.cat([read, known], -1)).float()
+        told = self.halting(torch.cat([read, known.to(read)], -1)).float()
         return contrast[..., 1] + told[..., 0], F.softplus(told[..., 1]) + 0.05
 
     def _log_share(self, off: Tensor, times: float = 1.0) -> Tensor:

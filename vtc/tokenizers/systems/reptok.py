@@ -22,7 +22,7 @@ FLOW = Flow(noise_at=1)
 
 
 @register_tokenizer
-class Reptok(Tokenizer):
+class RepTok(Tokenizer):
     """One continuous token: DINOv2's class token, of which only the start is learned (arXiv:2510.14630).
 
     From its 768 numbers a flow over the latents of a frozen VAE makes a picture that is alike in content, not

@@ -32,7 +32,7 @@ BUILT = {
 
 
 @register_tokenizer
-class Restok(Tokenizer):
+class ResTok(Tokenizer):
     """128 tokens in levels of 1, 1, 2, 4, 8, 16, 32 and 64: the first 4, 8, 16, 32, 64 or all are a picture.
 
     A convolutional coder makes a map of the picture, a transformer with levels on the image's side and on the
@@ -199,4 +199,4 @@ class Restok(Tokenizer):
         return {name: value for name, value in named.items() if not name.startswith(training)}
 
 
-Restok.published = {"xushu-me/restok_l_128.r256_in1k": Restok.Config()}
+ResTok.published = {"xushu-me/restok_l_128.r256_in1k": ResTok.Config()}

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from ...transformer import initialise
 from ..base import Length, register_tokenizer
 from ..parts.latent_vit import LatentDecoder, Size, measures
-from .titok import Titok
+from .titok import TiTok
 
 
 @register_tokenizer
-class TaTitok(Titok):
+class TATiTok(TiTok):
     """TA-TiTok: TiTok with a decoder that is told in words what is in the picture (arXiv:2501.07730).
 
     Its decoder attends to the features of a caption beside the tokens, so that tokens need not say what
@@ -29,7 +29,7 @@ class TaTitok(Titok):
     weights = "Apache-2.0"
 
     @dataclass(frozen=True)
-    class Config(Titok.Config):
+    class Config(TiTok.Config):
         """As of TiTok, without legacy_layout. text_length and text_dim are of the features of the caption."""
 
         encoder: Size = "base"
@@ -67,7 +67,7 @@ class TaTitok(Titok):
 
 
 class _TextAwareDecoder(LatentDecoder):
-    def __init__(self, config: TaTitok.Config, place: tuple[int, int, int]) -> None:
+    def __init__(self, config: TATiTok.Config, place: tuple[int, int, int]) -> None:
         super().__init__(config.decoder, *place, config.dim)
         width = measures(config.decoder)[0]
         self.text_guidance_proj = nn.Linear(config.text_dim, width)
@@ -81,12 +81,12 @@ class _TextAwareDecoder(LatentDecoder):
         return self.text_guidance_proj(text) + self.text_guidance_positional_embedding
 
 
-def _published(size: str, tokens: int, bottleneck: str) -> TaTitok.Config:
+def _published(size: str, tokens: int, bottleneck: str) -> TATiTok.Config:
     kind = {} if bottleneck == "vq" else {"bottleneck": "kl", "dim": 16}
-    return TaTitok.Config(tokens=tokens, encoder=size, **kind)
+    return TATiTok.Config(tokens=tokens, encoder=size, **kind)
 
 
-TaTitok.published = {
+TATiTok.published = {
     f"turkeyju/tokenizer_tatitok_{name}": _published(*size)
     for name, size in {
         "bl32_vq": ("base", 32, "vq"),

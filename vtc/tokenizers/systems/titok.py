@@ -18,7 +18,7 @@ from ..sequence import TokenSequence
 
 
 @register_tokenizer
-class Titok(Tokenizer):
+class TiTok(Tokenizer):
     """TiTok: a picture as a fixed number of unordered tokens (arXiv:2406.07550).
 
     Latent tokens attend with the patches in a transformer and become the tokens; in a second transformer,
@@ -171,17 +171,17 @@ class Titok(Tokenizer):
         return {name: value for name, value in state.items() if name != "quantize.embed_prob"}
 
 
-def _one_stage(size: str, tokens: int, bottleneck: str) -> Titok.Config:
+def _one_stage(size: str, tokens: int, bottleneck: str) -> TiTok.Config:
     kind = {"codes": 8192, "dim": 64, "l2": False} if bottleneck == "vq" else {"dim": 16}
-    return Titok.Config(tokens=tokens, encoder=size, legacy_layout=False, bottleneck=bottleneck, **kind)
+    return TiTok.Config(tokens=tokens, encoder=size, legacy_layout=False, bottleneck=bottleneck, **kind)
 
 
-Titok.published = {
+TiTok.published = {
     f"yucornetto/tokenizer_titok_{name}_imagenet": config
     for name, config in {
-        "l32": Titok.Config(),
-        "b64": Titok.Config(tokens=64, encoder="base", decoder="base"),
-        "s128": Titok.Config(tokens=128, encoder="small", decoder="small"),
+        "l32": TiTok.Config(),
+        "b64": TiTok.Config(tokens=64, encoder="base", decoder="base"),
+        "s128": TiTok.Config(tokens=128, encoder="small", decoder="small"),
         "bl64_vq8k": _one_stage("base", 64, "vq"),
         "bl128_vq8k": _one_stage("base", 128, "vq"),
         "sl256_vq8k": _one_stage("small", 256, "vq"),
