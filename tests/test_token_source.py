@@ -10,8 +10,7 @@ from tiny_tokenizers import TINY
 import vtc
 from vtc.evaluation.prompts import encode
 from vtc.evaluation.scenes import scene
-from vtc.tokenizers import Fixed, Policy, TokenSource
-from vtc.tokenizers.base import build
+from vtc.tokenizers import Fixed, Policy, TokenSource, build
 from vtc.tokenizers.images import load_images
 
 

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_tokenizers import TINY
 
-from vtc.tokenizers import TokenSequence
-from vtc.tokenizers.base import build
+from vtc.tokenizers import TokenSequence, build
 
 
 def made(**options):

@@ -1,13 +1,6 @@
 """Adaptive-length 1D tokenizers: an image becomes an ordered sequence of 1 to K tokens, and back."""
 
-from .base import (
-    Tokenizer,
-    build,
-    from_pretrained,
-    get_tokenizer,
-    list_tokenizers,
-    register_tokenizer,
-)
+from .base import Tokenizer
 from .bottlenecks import FSQ, KL, VQ, Bottleneck, Code, Continuous
 from .complexity import Complexity
 from .corpus import tokenize_folder
@@ -17,6 +10,7 @@ from .oracle import Oracle, Shuffled
 from .parse import parse_policy, policy_from
 from .policies import Fixed, Halting, MeanBudget, Policy
 from .quality import TargetQuality
+from .registry import build, from_pretrained, get_tokenizer, list_tokenizers, register_tokenizer
 from .sequence import TokenSequence
 from .shards import Shard, read_shard, read_tokens, shard_files
 from .source import TokenSource

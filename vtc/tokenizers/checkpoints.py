@@ -65,7 +65,7 @@ def _local(name: str | Path, revision: str | None) -> Path:
 
 def _published_file(name: str) -> str | None:
     """The file of the tokenizer, where a repository on the Hub holds other models too."""
-    from .base import get_tokenizer, list_tokenizers
+    from .registry import get_tokenizer, list_tokenizers
 
     classes = map(get_tokenizer, list_tokenizers())
     return next((cls.published_file for cls in classes if name in cls.published), None)
@@ -91,7 +91,7 @@ def _own(folder: Path) -> bool:
 def _configuration(
     cls: type[Tokenizer], name: str, folder: Path, options: dict[str, Any]
 ) -> tuple[type[Tokenizer], Any]:
-    from .base import get_tokenizer, list_tokenizers, make_config
+    from .registry import get_tokenizer, list_tokenizers, make_config
 
     candidates = [cls] if hasattr(cls, "name") else [get_tokenizer(known) for known in list_tokenizers()]
     content = _read_config(folder) or {}

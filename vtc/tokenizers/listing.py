@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..method import doc
-from .base import get_tokenizer, list_tokenizers, told
+from .base import told
+from .registry import get_tokenizer, list_tokenizers
 
 MEANING = {
     "tokens": "how many a picture may have, by default",
@@ -11,7 +12,8 @@ MEANING = {
     "ordered": "the first tokens are a picture, the better the more",
     "prefix": "encoding to fewer tokens gives the first of all tokens",
     "halts": "chooses the number of tokens itself",
-    "weights": "the licence of published ones, which you fetch: vtc has none but its own",
+    "weights": "the licence of published ones, as their authors' repositories tell it (look at the model "
+    "card, too); they are yours to fetch, vtc has none but its own",
 }
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from . import manifest
-from .base import Tokenizer, from_pretrained, get_tokenizer, list_tokenizers
+from .base import Tokenizer
+from .registry import from_pretrained, get_tokenizer, list_tokenizers
 
 REFERENCE = Path(__file__).parents[2] / "models" / "tiny-tokenizer"
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import present
-from ..base import register_tokenizer
 from ..bottlenecks import Code
 from ..parts.distillation import Decoder, DistillationConfig, LatentDistillation, table
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 WEIGHTS = (2.5, 2.0, 1.5, 1.25, 1.0)  # of the iterations' losses; the last of all that follow

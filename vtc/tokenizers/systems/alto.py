@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..parts import mask_losses, sam
 from ..parts.latent_vit import Size, measures
 from ..parts.mask_vit import (
@@ -23,6 +23,7 @@ from ..parts.mask_vit import (
 )
 from ..parts.maskgit import MULTIPLIERS, Decoder
 from ..parts.places import at_places
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 STAGES = ("tokens", "length")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import KL
 from ..parts.nested import Decoder, Encoder
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 

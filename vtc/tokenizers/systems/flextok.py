@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import FSQ
 from ..parts.flextok_network import DECODER, ENCODER, Decoder, Encoder
 from ..parts.flextok_published import options
 from ..parts.flow import Flow, Guidance, ProjectedGuidance, logit_normal_times, same_noise
 from ..parts.vae import LatentVAE
+from ..registry import register_tokenizer
 from ..schedules import DropSchedule
 from ..sequence import TokenSequence
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import present
-from ..base import register_tokenizer
 from ..parts.distillation import DistillationConfig, LatentDistillation, table
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 BINS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.09, 0.1)

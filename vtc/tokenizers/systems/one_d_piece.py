@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..base import register_tokenizer
+from ..registry import register_tokenizer
 from ..schedules import DropSchedule
 from .titok import TiTok
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import blocks, causal_last, initialise, present, run
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import FSQ, KL, VQ, Bottleneck, Continuous
 from ..parts.linear_code import LinearCode
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 LEAST = 0.002  # a share of wrong pixels below this counts as none

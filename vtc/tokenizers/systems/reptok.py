@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import Continuous
 from ..parts.dinov2 import Adapted, DINOv2
 from ..parts.flow import Flow, Velocity, logit_normal_times, same_noise
 from ..parts.flow_transformer import FlowTransformer, FourierFeatures, Mapping
 from ..parts.vae import LatentVAE
+from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
 FLOW = Flow(noise_at=1)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import VQ
 from ..parts import maskgit
 from ..parts.imagenet import Normalise
 from ..parts.restok_coders import Decoder, Encoder, level_sizes
+from ..registry import register_tokenizer
 from ..schedules import DropSchedule
 from ..sequence import TokenSequence
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise, present
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..parts.gigatok import Painter, Reader, RotatedVQ
 from ..parts.gigatok_pixels import PixelDecoder, PixelEncoder
+from ..registry import register_tokenizer
 from ..schedules import DropSchedule
 from ..sequence import TokenSequence
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Length, register_tokenizer
+from ..base import Length
 from ..parts.latent_vit import LatentDecoder, Size, measures
+from ..registry import register_tokenizer
 from .titok import TiTok
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Tokenizer, register_tokenizer
+from ..base import Tokenizer
 from ..bottlenecks import KL, VQ
 from ..parts import titok_config
 from ..parts.latent_vit import LatentDecoder, LatentEncoder, Size, measures
 from ..parts.maskgit import MULTIPLIERS, Decoder, SoftCodes
+from ..registry import register_tokenizer
 from ..schedules import DropSchedule
 from ..sequence import TokenSequence
 
