@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class TargetQuality(Policy):
     """The fewest tokens with which an image reaches a target; all of them where it never does.
 
-    metric      "l1" or "mse" of values in [0, 1], "psnr" in dB, or a function of images and what is left of
-                them, (B, 3, H, W) twice to (B,), the lower the better
+    metric      "l1" or "mse" of values in [0, 1], "psnr" in dB, "wrong", the share of wrong pixels (see
+                vtc.tokenizers.errors), or a function of images and what is left of them, (B, 3, H, W) twice
+                to (B,), the lower the better
     target      the error at most; for PSNR, at least
     exhaustive  tries all lengths, from the shortest. Else a binary search, which takes the error to fall with
                 the length, and log2 of the number of lengths decodes
