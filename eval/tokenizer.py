@@ -47,8 +47,9 @@ from vtc.evaluation.report import fill_parts
 from vtc.evaluation.results import Results, Row, read_rows
 from vtc.evaluation.scenes import scene
 from vtc.evaluation.textures import texture
-from vtc.tokenizers import Tokenizer, from_pretrained
-from vtc.tokenizers.images import SUFFIXES, load_images
+from vtc.tokenizers import from_pretrained
+from vtc.tokenizers.images import load_images
+from vtc.tokenizers.manifest import list_images, weights_digest
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = "models/tiny-tokenizer"
@@ -67,24 +68,15 @@ def textures(n: int, size: int) -> Pictures:
 
 def photos(folder: Path, size: int) -> Pictures:
     """The pictures of a folder and of those in it. Raises ValueError where none can be read."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     found = []
-    for file in files:
+    for name, _ in list_images(folder):
         try:
-            found.append(load_images(file, size))
+            found.append(load_images(folder / name, size))
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not found:
         raise ValueError(f"{folder} has no picture that can be read")
     return Pictures(folder.name or str(folder), torch.cat(found))
-
-
-def weights_of(tokenizer: Tokenizer) -> str:
-    """A name for the weights: the first digits of the SHA-256 of all of them."""
-    digest = hashlib.sha256()
-    for name, value in tokenizer.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 class Run:
@@ -97,7 +89,7 @@ class Run:
         tokenizer.check_length(self.lengths)
         self.about = {
             "tokenizer": options.tokenizer,
-            "weights": weights_of(tokenizer),
+            "weights": weights_digest(tokenizer)[:12],
             "system": tokenizer.name,
             "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
             "device": device_name(torch.device(options.device)),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from small import QUESTIONS, small_model, small_processor
+from tiny import build as tiny_host
 from tiny_tokenizers import TINY
 
 import vtc
@@ -173,8 +174,6 @@ def test_what_cannot_be():
     wrong = TokenSource(source.tokenizer, 48)
     with pytest.raises(ValueError, match="32 numbers to a token, the source makes 48"):
         vtc.compress(model, wrong, keep=4)
-    from tiny import build as tiny_host
-
     other = tiny_host("qwen2_5_vl")[0]
     with pytest.raises(ValueError, match="takes the place of a tower"):
         vtc.compress(other, source, keep=4)
@@ -183,3 +182,65 @@ def test_what_cannot_be():
     fixed = TokenSource.for_host(model, processor, source.tokenizer, length=Fixed(40))
     with vtc.compress(model, fixed, keep=4), pytest.raises(ValueError, match="12 tokens at most, not to 40"):
         model(**prompt(processor))
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "llava-clip-full", "llava-siglip", "vipllava"])
+def test_hosts_that_take_one(name):
+    """Their projector is given the source's tokens, and nothing of what else is in the row goes on."""
+    model, make_inputs = tiny_host(name)
+    inputs = make_inputs((1, 2))
+    width = model.config.vision_config.hidden_size
+    tokenizer = build("ordered", **TINY["ordered"]).eval()
+    source = TokenSource(tokenizer, width).eval()
+    layers = model.config.vision_feature_layers if name == "vipllava" else [0]
+    with torch.no_grad():
+        tokens = source(inputs["pixel_values"], 4)[0]
+        wanted = model.model.multi_modal_projector(torch.cat([tokens] * len(layers), -1))  # (3, 4, D)
+        bare = model(**inputs).logits
+        with vtc.compress(model, source, keep=4) as handle:
+            features = torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
+            model(**inputs)
+            assert [len(record.index) for record in handle.last] == [4] * 3
+        assert torch.equal(model(**inputs).logits, bare)
+    kept = features.flatten(0, -2)[~features.flatten(0, -2).isnan().any(-1)]
+    torch.testing.assert_close(kept.view(3, 4, -1), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["accelerate", "vtc"])
+def test_a_tower_wrapped_by_accelerate_is_given_back(first):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    model, processor, source = made()
+    inputs, tower = prompt(processor), model.model.vision_tower
+    with torch.no_grad():
+        bare = model(**inputs).logits
+        if first == "accelerate":
+            add_hook_to_module(tower, Counting())
+        with vtc.compress(model, source, keep=4):
+            compressed = model(**inputs).logits
+            assert not calls and not torch.equal(compressed, bare)
+            if first == "vtc":
+                add_hook_to_module(tower, Counting())
+                assert torch.equal(model(**inputs).logits, compressed) and calls.pop()
+        assert torch.equal(model(**inputs).logits, bare) and len(calls) == 1
+
+
+def test_a_part_of_tokens_without_order_is_refused():
+    model, processor, _ = made()
+    titok = TokenSource.for_host(model, processor, build("titok", **TINY["titok"]).eval())
+    most = titok.tokenizer.max_tokens
+    inputs = prompt(processor)
+    with vtc.compress(model, titok, keep=most), torch.no_grad():
+        model(**inputs)
+    with (
+        vtc.compress(model, titok, keep=most - 1),
+        pytest.raises(ValueError, match=f"in no order.*one of its lengths, {most}"),
+    ):
+        model(**inputs)

@@ -3,12 +3,11 @@
 import logging
 
 import pytest
+import ray
 from tiny_tokenizers import TINY
 
 from vtc.evaluation.scenes import scene
 from vtc.tokenizers import build, tokenize_folder
-
-ray = pytest.importorskip("ray")
 
 
 @pytest.fixture

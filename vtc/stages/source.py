@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -36,11 +35,10 @@ class TowerSource:
 
     def install(self) -> None:
         setattr(self.tower, _MARK, self)
-        self.tower.forward = MethodType(_forward, self.tower)
+        self._stage.wraps.wrap(self.tower, "forward", _forward)
 
     def remove(self) -> None:
-        for name in ("forward", _MARK):
-            vars(self.tower).pop(name, None)
+        delattr(self.tower, _MARK)
 
     def check(self, keep: Any) -> None:
         most = min(self.places, self.source.tokenizer.max_tokens)
@@ -65,4 +63,7 @@ class TowerSource:
 
 
 def _forward(tower: nn.Module, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
-    return getattr(tower, _MARK).features(pixel_values)
+    source = getattr(tower, _MARK, None)
+    if source is None:  # removed, where somebody wrapped this meanwhile
+        return type(tower).forward(tower, pixel_values, *args, **kwargs)
+    return source.features(pixel_values)

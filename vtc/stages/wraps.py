@@ -31,9 +31,9 @@ class Wraps:
         setattr(base, self.mark, stage)
         originals = {name: getattr(base, name).__func__ for name in names}
         for name, original in originals.items():
-            self._wrap(base, name, _features(self.mark, name, original))
+            self.wrap(base, name, _features(self.mark, name, original))
         if hasattr(model, _PREPARE) and _PREPARE not in vars(model):
-            self._wrap(model, _PREPARE, _noting(self.mark, getattr(model, _PREPARE).__func__))
+            self.wrap(model, _PREPARE, _noting(self.mark, getattr(model, _PREPARE).__func__))
         return originals
 
     def remove(self) -> None:
@@ -45,7 +45,8 @@ class Wraps:
                     setattr(owner, name, before)
         self._put.clear()
 
-    def _wrap(self, owner: nn.Module, name: str, function: Any) -> None:
+    def wrap(self, owner: nn.Module, name: str, function: Any) -> None:
+        """Puts a function in the place of a method of one module, until remove()."""
         self._put.append((owner, name, function, vars(owner).get(name)))
         setattr(owner, name, MethodType(function, owner))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ class DropSchedule:
     levels: Sequence[int] = ()
     weights: Sequence[float] = ()
     shared: bool = False
-    kinds: ClassVar[tuple[str, ...]] = KINDS
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..method import Need, Select
 from ..tokens import Tokens
 from ..transformer import blocks, causal_last, initialise, run
-from .base import Length, Tokenizer
+from .base import Length, Tokenizer, told
 
 
 class TokenSource(nn.Module):
@@ -29,7 +29,8 @@ class TokenSource(nn.Module):
     width       numbers to a token that the projector is given
     length      None, a number, or a length policy: how many tokens an image gets, at most `keep`
     mean, std   what the host's processor took off the pixels and divided them by: put back here
-    Raises ValueError for a width that 64 does not divide and that is above 64.
+    Raises ValueError for a width that 64 does not divide and that is above 64; and when it runs, where `keep`
+    is a part of tokens that are in no order.
     """
 
     def __init__(
@@ -79,7 +80,12 @@ class TokenSource(nn.Module):
         if length is None and k is not None:
             length = next((n for n in self.tokenizer.lengths if n >= k), None)
         tokens = self.tokenizer.encode(images.clamp(0, 1), length)
-        if k is not None:
+        if k is not None and tokens.values.shape[1] > k:
+            if not self.tokenizer.ordered:
+                raise ValueError(
+                    f"tokens of {self.tokenizer.name} are in no order, of which the first {k} mean nothing: "
+                    f"give keep as one of its lengths, {told(self.tokenizer.lengths)}"
+                )
             tokens = tokens.truncate(k)
         values, place = tokens.values.to(self.lift.weight), tokens.index.clamp(min=0)
         x = self.lift(values) + self.position[place]  # (B, K, width)
