@@ -1,4 +1,4 @@
-"""Rectified flow: paths, Euler steps in both directions, times, guidance."""
+"""Rectified flow: paths, Euler steps, times, guidance."""
 
 import math
 
@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from vtc.tokenizers.parts.flow import (
-    Flow,
     Guidance,
     ProjectedGuidance,
+    flow_loss,
     logit_normal_times,
+    path,
     same_noise,
+    sample,
     time_embedding,
 )
 
@@ -20,76 +22,57 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("noise_at", [0, 1])
-def test_a_path_leads_from_noise_to_data(noise_at):
-    flow, data, noise = Flow(noise_at), torch.randn(4, 3, 2), torch.randn(4, 3, 2)
-    at = torch.full((4,), float(noise_at))
-    assert torch.equal(flow.point(data, noise, at), noise)
-    assert torch.equal(flow.point(data, noise, 1 - at), data)
-    later, earlier = (flow.point(data, noise, torch.full((4,), t)) for t in (0.75, 0.25))
-    torch.testing.assert_close(later - earlier, flow.velocity(data, noise) / 2)
+def test_a_path_leads_from_data_to_noise():
+    data, noise = torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    assert torch.equal(path(data, noise, torch.ones(4)), noise)
+    assert torch.equal(path(data, noise, torch.zeros(4)), data)
+    later, earlier = (path(data, noise, torch.full((4,), t)) for t in (0.75, 0.25))
+    torch.testing.assert_close(later - earlier, (noise - data) / 2)
 
 
 def test_each_image_has_its_own_time():
     data, noise, t = torch.randn(3, 2, 2), torch.randn(3, 2, 2), torch.tensor([0.0, 0.3, 1.0])
     wanted = torch.stack([t[i] * noise[i] + (1 - t[i]) * data[i] for i in range(3)])
-    torch.testing.assert_close(Flow(1).point(data, noise, t), wanted)
+    torch.testing.assert_close(path(data, noise, t), wanted)
 
 
-def test_directions_of_the_published_systems():
-    data, noise = torch.randn(2, 3), torch.randn(2, 3)
-    assert torch.equal(Flow(1).velocity(data, noise), noise - data)
-    assert torch.equal(Flow(0).velocity(data, noise), data - noise)
-
-
-@pytest.mark.parametrize("noise_at", [0, 1])
 @pytest.mark.parametrize("steps", [1, 7])
-def test_the_true_velocity_leads_to_the_data(noise_at, steps):
-    flow, data, noise, times = Flow(noise_at), torch.randn(2, 5), torch.randn(2, 5), []
+def test_the_true_velocity_leads_to_the_data(steps):
+    data, noise, times = torch.randn(2, 5), torch.randn(2, 5), []
 
     def model(x, t):
         times.append(t)
-        torch.testing.assert_close(x, flow.point(data, noise, t), atol=1e-5, rtol=1e-5)
-        return flow.velocity(data, noise)
+        torch.testing.assert_close(x, path(data, noise, t), atol=1e-5, rtol=1e-5)
+        return noise - data
 
     kept = noise.clone()
-    torch.testing.assert_close(flow.sample(model, noise, steps), data, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sample(model, noise, steps), data, atol=1e-5, rtol=1e-5)
     assert torch.equal(noise, kept)
-    wanted = [i / steps for i in range(steps)]
-    wanted = wanted if noise_at == 0 else [1 - t for t in wanted]
-    torch.testing.assert_close(torch.stack(times), torch.tensor(wanted)[:, None].expand(-1, 2))
+    wanted = torch.tensor([1 - i / steps for i in range(steps)])
+    torch.testing.assert_close(torch.stack(times), wanted[:, None].expand(-1, 2))
 
 
-@pytest.mark.parametrize("noise_at", [0, 1])
-def test_euler_steps_are_of_first_order(noise_at):
-    """dx/dt = x has the solution exp: twice the steps leave half the error."""
-    end = math.e if noise_at == 0 else 1 / math.e
-    errors = [
-        abs(float(Flow(noise_at).sample(lambda x, t: x, torch.ones(1, 1, dtype=torch.float64), n)) - end)
-        for n in (64, 128)
-    ]
+def test_euler_steps_are_of_first_order():
+    """dx/dt = x, from 1 to 0, has the solution exp: twice the steps leave half the error."""
+    start = torch.ones(1, 1, dtype=torch.float64)
+    errors = [abs(float(sample(lambda x, t: x, start, n)) - 1 / math.e) for n in (64, 128)]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
 
 
 def test_loss_is_the_mean_squared_error_of_the_velocity():
-    flow, data, noise, t = Flow(0), torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
-    assert float(flow.loss(lambda x, t: data - noise, data, noise, t)) == 0
-    assert float(flow.loss(lambda x, t: data - noise + 2, data, noise, t)) == pytest.approx(4, rel=1e-5)
+    data, noise, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+    assert float(flow_loss(lambda x, t: noise - data, data, noise, t)) == 0
+    assert float(flow_loss(lambda x, t: noise - data + 2, data, noise, t)) == pytest.approx(4, rel=1e-5)
     seen = {}
-    flow.loss(lambda x, t: seen.update(x=x, t=t) or x, data, noise, t)
-    torch.testing.assert_close(seen["x"], t[:, None] * data + (1 - t[:, None]) * noise)
+    flow_loss(lambda x, t: seen.update(x=x, t=t) or x, data, noise, t)
+    torch.testing.assert_close(seen["x"], path(data, noise, t))
     assert torch.equal(seen["t"], t)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5])
 def test_a_flow_takes_steps(steps):
     with pytest.raises(ValueError, match="1 or more steps"):
-        Flow().sample(lambda x, t: x, torch.zeros(1, 1), steps)
-
-
-def test_noise_is_at_an_end():
-    with pytest.raises(ValueError, match="time 0 or 1"):
-        Flow(2)
+        sample(lambda x, t: x, torch.zeros(1, 1), steps)
 
 
 def test_times_are_logit_normal():

@@ -1,10 +1,12 @@
-"""Rectified flow: straight paths between noise and data (arXiv:2209.03003), and guidance along them."""
+"""Rectified flow: straight paths between noise and data (arXiv:2209.03003), and guidance along them.
+
+Time goes from 0, where the data is, to 1, where the noise is; a model learns the velocity noise - data.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,46 +15,27 @@ from torch import Tensor
 Velocity = Callable[[Tensor, Tensor], Tensor]  # what is there (B, ...), time (B,) -> dx/dt (B, ...)
 
 
-@dataclass(frozen=True)
-class Flow:
-    """Straight paths between noise and data, of which a model learns the velocity dx/dt.
+def path(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Where the path of each image is at its time t (B,): the shape of data (B, ...)."""
+    t = t.view(-1, *[1] * (data.dim() - 1))
+    return t * noise + (1 - t) * data
 
-    Time goes from 0 to 1. `noise_at` says at which end the noise is: 1 where the model predicts noise - data
-    (FlexTok, arXiv:2502.13967; RepTok's decoder, arXiv:2510.14630), 0 where it predicts data - noise.
-    """
 
-    noise_at: int = 1
+def flow_loss(model: Velocity, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The mean squared error of the velocity noise - data that a model predicts at times t (B,)."""
+    predicted = model(path(data, noise, t), t)
+    return F.mse_loss(predicted.float(), (noise - data).float())
 
-    def __post_init__(self) -> None:
-        if self.noise_at not in (0, 1):
-            raise ValueError(f"noise is at time 0 or 1, not {self.noise_at!r}")
 
-    def point(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Where the path of each image is at its time t (B,): the shape of data (B, ...)."""
-        t = t.view(-1, *[1] * (data.dim() - 1))
-        share = t if self.noise_at else 1 - t
-        return share * noise + (1 - share) * data
-
-    def velocity(self, data: Tensor, noise: Tensor) -> Tensor:
-        """dx/dt of the path, the same at all times: what the model learns."""
-        return noise - data if self.noise_at else data - noise
-
-    def loss(self, model: Velocity, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The mean squared error of the velocity that the model predicts at times t (B,)."""
-        predicted = model(self.point(data, noise, t), t)
-        return F.mse_loss(predicted.float(), self.velocity(data, noise).float())
-
-    def sample(self, model: Velocity, noise: Tensor, steps: int) -> Tensor:
-        """Data from noise by as many Euler steps of equal length. Raises ValueError for fewer than one."""
-        if steps != int(steps) or steps < 1:
-            raise ValueError(f"a flow takes 1 or more steps, not {steps!r}")
-        x = noise
-        for step in range(steps):
-            # every time from whole numbers: a sum of steps would drift
-            t = 1 - step / steps if self.noise_at else step / steps
-            dx = model(x, torch.full((len(x),), t, device=x.device)) / steps
-            x = x - dx if self.noise_at else x + dx
-        return x
+def sample(model: Velocity, noise: Tensor, steps: int) -> Tensor:
+    """Data from noise by as many Euler steps of equal length. Raises ValueError for fewer than one."""
+    if steps != int(steps) or steps < 1:
+        raise ValueError(f"a flow takes 1 or more steps, not {steps!r}")
+    x = noise
+    for step in range(steps):
+        # every time from whole numbers: a sum of steps would drift
+        x = x - model(x, torch.full((len(x),), 1 - step / steps, device=x.device)) / steps
+    return x
 
 
 def logit_normal_times(

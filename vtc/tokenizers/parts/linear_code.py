@@ -24,12 +24,10 @@ class LinearCode(nn.Module):
         """Images (B, 3, H, W) to (B, tokens, dim)."""
         return ((self._thumbnails(images) - self.mean) @ self.analysis).unflatten(1, (self.tokens, self.dim))
 
-    def draft(self, values: Tensor, place: Tensor) -> Tensor:
-        """A blurred picture (B, 3, H, W) from values (B, k, dim) at places (B, k); values are zero where
-        there is no token."""
-        every = values.new_zeros(len(values), self.tokens, self.dim)
-        every = every.scatter_add(1, place[..., None].expand_as(values), values)
-        return self._enlarged(self.mean + every.flatten(1) @ self.synthesis)
+    def draft(self, values: Tensor) -> Tensor:
+        """A blurred picture (B, 3, H, W) from values (B, tokens, dim), which are zero where there is no
+        token."""
+        return self._enlarged(self.mean + values.flatten(1) @ self.synthesis)
 
     def drafts(self, values: Tensor, lengths: Tensor) -> Tensor:
         """One from each of `lengths` (B, m) of the first k tokens, values (B, k, dim): (B, m, 3, H, W)."""

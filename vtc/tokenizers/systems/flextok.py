@@ -14,7 +14,7 @@ from ..base import Tokenizer
 from ..bottlenecks import FSQ
 from ..parts.flextok_network import DECODER, ENCODER, Decoder, Encoder
 from ..parts.flextok_published import options
-from ..parts.flow import Flow, Guidance, ProjectedGuidance, logit_normal_times, same_noise
+from ..parts.flow import Guidance, ProjectedGuidance, flow_loss, logit_normal_times, same_noise, sample
 from ..parts.vae import LatentVAE
 from ..registry import register_tokenizer
 from ..schedules import DropSchedule
@@ -114,7 +114,7 @@ class FlexTok(Tokenizer):
         if c.mup_readout and not c.mup_base_width:
             raise ValueError("mup_readout needs mup_base_width, the width at which the heads are plain")
         self.quantize = FSQ(c.levels)
-        self.flow, self.drop_schedule = Flow(noise_at=1), DropSchedule(c.schedule)
+        self.drop_schedule = DropSchedule(c.schedule)
         shared = {
             "channels": c.latent_channels, "patch": c.patch, "rows": c.image_size // side, "tokens": c.tokens,
             "dim": self.quantize.dim, "head_dim": c.head_dim, "ratio": c.mlp_ratio,
@@ -180,7 +180,7 @@ class FlexTok(Tokenizer):
             velocity = partial(self._guided, kind(scale), torch.cat([condition, null]))
         side = c.image_size // self.vae.factor
         noise = same_noise(b, (c.latent_channels, side, side), seed, condition)
-        return self.vae.decode(self.flow.sample(velocity, noise, c.steps if steps is None else steps))
+        return self.vae.decode(sample(velocity, noise, c.steps if steps is None else steps))
 
     def _guided(self, guide: Guidance, condition: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity of x (B, C, h, w) from the condition and the null condition of each image (2 B, ...)."""
@@ -205,7 +205,7 @@ class FlexTok(Tokenizer):
         condition = self.decoder.without(condition, _happens(c.drop_condition, (b,), generator).to(z.device))
         t = logit_normal_times(b, generator=generator).to(latents)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        return {"flow": self.flow.loss(partial(self.decoder, condition=condition), latents, noise, t)}
+        return {"flow": flow_loss(partial(self.decoder, condition=condition), latents, noise, t)}
 
     def _disturbed(self, z: Tensor, generator: torch.Generator | None) -> Tensor:
         """Values of the codes of z (B, K, 6): of some images unrounded, of some with random codes."""

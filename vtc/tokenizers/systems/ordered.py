@@ -11,6 +11,7 @@ from ...transformer import blocks, causal_last, initialise, present, run
 from ..base import Tokenizer
 from ..bottlenecks import FSQ, KL, VQ, Bottleneck, Continuous
 from ..parts.linear_code import LinearCode
+from ..parts.places import at_places
 from ..registry import register_tokenizer
 from ..sequence import TokenSequence
 
@@ -123,9 +124,9 @@ class Ordered(Tokenizer):
 
     def decode_values(self, values: Tensor, valid: Tensor, index: Tensor) -> Tensor:
         c, n = self.config, self.grid**2
-        place = index.clamp(min=0)
-        tokens = self.from_latent(values) + self.token_position[place]  # (B, k, width)
-        draft = self.linear.draft(values * valid[..., None], place)  # (B, 3, H, W)
+        tokens = self.from_latent(values) + self.token_position[index.clamp(min=0)]  # (B, k, width)
+        every = at_places(values, valid, index, values.new_zeros(()), c.tokens)  # (B, tokens, dim)
+        draft = self.linear.draft(every)  # (B, 3, H, W)
         x = self.draft_embed(draft * 2 - 1).flatten(2).transpose(1, 2) + self.draft_position
         x = run(self.decoder, torch.cat([x, tokens], 1), present(n, valid))  # (B, N + k, width)
         x = self.to_pixels(self.decoder_norm(x[:, :n])).transpose(1, 2)  # (B, 3 * patch * patch, N)

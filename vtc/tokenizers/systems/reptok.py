@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from ..base import Tokenizer
 from ..bottlenecks import Continuous
 from ..parts.dinov2 import Adapted, DINOv2
-from ..parts.flow import Flow, Velocity, logit_normal_times, same_noise
+from ..parts.flow import Velocity, flow_loss, logit_normal_times, same_noise, sample
 from ..parts.flow_transformer import FlowTransformer, FourierFeatures, Mapping
 from ..parts.vae import LatentVAE
 from ..registry import register_tokenizer
 from ..sequence import TokenSequence
-
-FLOW = Flow(noise_at=1)
 
 
 @register_tokenizer
@@ -107,7 +105,7 @@ class RepTok(Tokenizer):
         side = self.config.image_size // self.ae.factor
         noise = same_noise(len(values), (self.config.latent_channels, side, side), seed, values)
         steps = self.config.steps if steps is None else steps
-        return self.ae.decode(FLOW.sample(self.velocities(values), noise, steps))
+        return self.ae.decode(sample(self.velocities(values), noise, steps))
 
     def velocities(self, values: Tensor) -> Velocity:
         """The flow's model for tokens (B, 1, 768): latents (B, C, h, w) and times (B,) to velocities."""
@@ -127,7 +125,7 @@ class RepTok(Tokenizer):
             data = self.ae.encode(images, sample=True, generator=generator)
         noise = torch.randn(data.shape, generator=generator).to(data)
         t = logit_normal_times(len(data), generator=generator).to(data)
-        flow = FLOW.loss(self.velocities(tokens[:, None]), data, noise, t)
+        flow = flow_loss(self.velocities(tokens[:, None]), data, noise, t)
         return {"flow": flow, "cosine": (1 - F.cosine_similarity(tokens, frozen)).mean()}
 
     def load_dinov2(self, state: dict[str, Tensor]) -> None:
