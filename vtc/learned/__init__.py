@@ -1,0 +1,21 @@
+"""Compressors with weights: modules that read the features of an image and give fewer tokens."""
+
+from .base import (
+    LearnedModule,
+    Resampler,
+    build,
+    from_pretrained,
+    get_module,
+    list_modules,
+    register_module,
+)
+
+__all__ = [
+    "LearnedModule",
+    "Resampler",
+    "build",
+    "from_pretrained",
+    "get_module",
+    "list_modules",
+    "register_module",
+]

@@ -1,0 +1,230 @@
+"""What all modules with weights share: options, saving and loading, the interface of those that resample."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import operator
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoints
+
+Grid = tuple[int, int]  # rows, columns
+
+
+class LearnedModule(nn.Module):
+    """A module with a name, options and weights that go to a folder and come back.
+
+    A subclass is decorated with `register_module` and defines
+
+    Config   a frozen dataclass of its options; `self.config` is one
+    rename   where weights of it are published in another layout: their state dict turned into this one's
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    weights: ClassVar[str] = "none published"  # the licence of the published weights
+    Config: ClassVar[type]
+    prefixes: ClassVar[tuple[str, ...]] = ()  # of its parameters in published models that hold more
+
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if not isinstance(config, self.Config):
+            raise TypeError(f"{type(self).__name__} takes a {type(self).__name__}.Config, not {config!r}")
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights; float32 where it has none."""
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors, which `from_pretrained` reads."""
+        checkpoints.save(self, folder)
+
+    def push_to_hub(self, name: str, *, private: bool | None = None) -> str:
+        """Saves it into a repository on the Hugging Face Hub, made if there is none; the address of it."""
+        return checkpoints.push(self, name, private)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, **options: Any
+    ) -> LearnedModule:
+        """A module with its weights, in evaluation mode, from what `save_pretrained` wrote: a folder, or by
+        its name on the Hugging Face Hub.
+
+        Called on the class of a module it reads published weights too: a file, or a folder of files that
+        together hold them, with `options` for those of its Config that differ from their defaults.
+        Raises ValueError for another module's weights, and for weights that are missing, unknown or of
+        another shape.
+        """
+        return checkpoints.load(cls, name, revision, options)
+
+    @classmethod
+    def rename(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a published state dict what lies under one of `prefixes`, without it; all where nothing does."""
+        for prefix in cls.prefixes:
+            found = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+            if found:
+                return found
+        return state
+
+
+class Resampler(LearnedModule):
+    """Features of N tokens of an image in, k tokens out. A subclass defines `forward`, and `counts` or
+    `counts_for` where not every number is possible.
+
+    forward(x, grid, k=None, levels=()) -> (B, k, out_width)
+
+    x       (B, N, in_width), row by row without CLS, of grid = (rows, columns); N = rows * columns
+    k       how many tokens; None: as many as there can be
+    levels  features of further layers of the encoder, each (B, N, in_width), for modules with `layers`
+
+    `Resampler.checked` is the first thing a `forward` calls.
+    """
+
+    ordered: ClassVar[bool] = False  # the first k of more tokens are the tokens of k
+
+    @property
+    def in_width(self) -> int:
+        return self.config.in_width
+
+    @property
+    def out_width(self) -> int:
+        return self.config.out_width
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of which layers `levels` are, as indices of transformers' hidden_states; () where none are read."""
+        return ()
+
+    def counts(self, n: int) -> Sequence[int]:
+        """The numbers of tokens that n tokens can become, ascending. Where it is the shape of the grid that
+        matters, those of a square one; `counts_for` knows the others."""
+        return range(1, n + 1)
+
+    def counts_for(self, grid: Grid) -> Sequence[int]:
+        """The numbers of tokens that those of a grid (rows, columns) can become, ascending."""
+        return self.counts(grid[0] * grid[1])
+
+    def draw(self, grid: Grid, generator: torch.Generator | None = None) -> int:
+        """A number of tokens for a step of training, here each of `counts_for` equally often. With a
+        generator that starts alike everywhere, all processes of a distributed training draw the same."""
+        counts = self.counts_for(grid)
+        return counts[int(torch.randint(len(counts), (), generator=generator))]
+
+    def checked(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> int:
+        """How many tokens to give. Raises ValueError for features that do not fit the module or the grid,
+        and for a number of tokens it cannot give."""
+        rows, columns = grid
+        if x.dim() != 3 or x.shape[2] != self.in_width:
+            raise ValueError(
+                f"{self.name} takes features (B, N, {self.in_width}), not {tuple(x.shape)}: make it with "
+                "the width of the encoder"
+            )
+        if x.shape[1] != rows * columns or rows < 1:
+            raise ValueError(f"{x.shape[1]} tokens are no grid of {rows} rows and {columns} columns")
+        if len(levels) != len(self.layers):
+            raise ValueError(
+                f"{self.name} reads {len(self.layers)} further layers {self.layers}, not {len(levels)}"
+            )
+        wrong = [tuple(level.shape) for level in levels if level.shape != x.shape]
+        if wrong:
+            raise ValueError(
+                f"further layers have the shape {tuple(x.shape)} of the features, not {wrong[0]}"
+            )
+        counts = self.counts_for(grid)
+        if k is None:
+            return counts[-1]
+        if (k := operator.index(k)) not in counts:
+            raise ValueError(f"{self.name} makes {rows} x {columns} tokens {told(counts)} tokens, not {k}")
+        return k
+
+
+def square(n: int) -> Grid:
+    """The square grid of n tokens. Raises ValueError where there is none."""
+    side = math.isqrt(n)
+    if side * side != n or not n:
+        raise ValueError(f"{n} tokens are no square grid: use counts_for(grid)")
+    return side, side
+
+
+def told(counts: Sequence[int]) -> str:
+    """The possible numbers in few words."""
+    if isinstance(counts, range) and counts.step == 1 and len(counts) > 2:
+        return f"{counts[0]} to {counts[-1]}"
+    shown = [*counts] if len(counts) <= 12 else [*counts[:5], "...", *counts[-5:]]
+    return ", ".join(map(str, shown[:-1])) + " or " * (len(shown) > 1) + str(shown[-1])
+
+
+_registry: dict[str, type[LearnedModule]] = {}
+
+
+def register_module(cls: type[LearnedModule]) -> type[LearnedModule]:
+    """Class decorator that makes a module known by its `name`. Raises ValueError for one in use."""
+    known = _registry.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"a module named '{cls.name}' exists already ({known.__module__})")
+    _registry[cls.name] = cls
+    return cls
+
+
+def list_modules() -> list[str]:
+    """The names of all modules, sorted."""
+    return sorted(_modules())
+
+
+def get_module(name: str) -> type[LearnedModule]:
+    """The class of that name. Raises ValueError for an unknown one."""
+    known = _modules()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
+        )
+        raise ValueError(f"there is no module {name!r}; {hint}")
+    return known[name]
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> LearnedModule:
+    """The module that was saved there, whichever it is; see `LearnedModule.from_pretrained`."""
+    return LearnedModule.from_pretrained(name, revision=revision)
+
+
+def build(name: str, **options: Any) -> LearnedModule:
+    """A module with fresh weights. Raises ValueError for an unknown name or option."""
+    return (cls := get_module(name))(make_config(cls, options))
+
+
+def make_config(cls: type[LearnedModule], options: dict[str, Any]) -> Any:
+    """A configuration from options as JSON has them: lists become tuples. ValueError for unknown ones."""
+    fields = {field.name for field in dataclasses.fields(cls.Config)}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise ValueError(
+            f"{cls.name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(fields))}"
+        )
+    return cls.Config(**{name: _tuples(value) for name, value in options.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _modules() -> dict[str, type[LearnedModule]]:
+    package = importlib.import_module(__package__)
+    for file in pkgutil.walk_packages(package.__path__, f"{__package__}."):  # every file may register one
+        importlib.import_module(file.name)
+    return _registry

@@ -1,0 +1,56 @@
+"""Windows of a grid of tokens: cut out, put back, averaged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDINGS = {"edge": "replicate", "zeros": "constant"}
+
+
+def windows(x: Tensor, grid: tuple[int, int], side: int, padding: str = "edge") -> Tensor:
+    """Tokens (B, N, D), row by row, to their windows of side x side: (B, M, side * side, D).
+
+    Windows are in row-major order, and so are the tokens of each. A grid that `side` does not divide is
+    padded at the bottom and at the right, with its last rows and columns ("edge") or with "zeros".
+    """
+    rows, columns = grid
+    x = x.unflatten(1, grid)  # (B, rows, columns, D)
+    if rows % side or columns % side:
+        x = x.permute(0, 3, 1, 2)
+        x = F.pad(x, (0, -columns % side, 0, -rows % side), mode=PADDINGS[padding]).permute(0, 2, 3, 1)
+    x = x.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (B, rows', side, columns', side, D)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The inverse of `windows`: (B, M, side * side, D) to the tokens (B, N, D) without padding."""
+    rows, columns = grid
+    x = x.unflatten(2, (side, side)).unflatten(1, (-(-rows // side), -(-columns // side)))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, rows and padding, columns and padding, D)
+    return x[:, :rows, :columns].flatten(1, 2)
+
+
+def pool(x: Tensor, grid: tuple[int, int], k: int) -> Tensor:
+    """Averages of tokens (B, N, D), row by row, over k cells of the grid: (B, k, D), summed in float32.
+
+    The grid is cut into bands of rows, as many as make cells about as wide as high, and each band into its
+    share of the k cells. Where k = n * n and the grid is square, that is adaptive average pooling to n x n:
+    neighbouring cells share tokens where n does not divide the side, and the mean of the cells is the mean of
+    the tokens where it does. For other k some bands have one cell more. k = N gives the tokens themselves.
+    """
+    rows, columns = grid
+    if k == rows * columns:
+        return x
+    bands = min(rows, k, max(1, -(-k // columns), round(math.sqrt(k * rows / columns))))
+    y = x.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+    if k % bands == 0:
+        y = F.adaptive_avg_pool2d(y, (bands, k // bands)).flatten(2)
+    else:
+        y = F.adaptive_avg_pool2d(y, (bands, columns))
+        shares = [(i + 1) * k // bands - i * k // bands for i in range(bands)]
+        y = torch.cat([F.adaptive_avg_pool1d(y[:, :, i], n) for i, n in enumerate(shares)], 2)
+    return y.transpose(1, 2).to(x.dtype)

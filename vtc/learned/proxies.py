@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..transformer import initialise
+from .base import Grid, Resampler, register_module
+from .proxy_windows import check_tiling, check_windows, merge, partition, pooled
+from .replacement import AttentionReplacement, HostAttention, attend, check_grid, check_heads, put, zero
+
+
+class ProjectedAttention(nn.Module):
+    """Multi-head attention with the parameter names of diffusers: to_q, to_k, to_v, to_out.0."""
+
+    def __init__(self, width: int, heads: int, bias: bool = False, context: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        context = context or width
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context, width, bias=bias)
+        self.to_v = nn.Linear(context, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, width) over context (B, S, its width), or over itself; mask: the bias of `attend`."""
+        context = x if context is None else context
+        out = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask)
+        return self.to_out[0](out)
+
+    def start_from(self, host: HostAttention) -> None:
+        layers = (self.to_q, self.to_k, self.to_v)
+        for layer, weight, bias in zip(layers, host.qkv.chunk(3), host.qkv_bias.chunk(3), strict=True):
+            put(layer, weight, bias)
+        put(self.to_out[0], host.out, host.out_bias)
+
+
+class Injection(nn.Module):
+    """What the modules with proxy tokens have in common: proxies of windows that attend to each other, are
+    read by all tokens, and are added through a layer that is zero at first (arXiv:2409.04005).
+
+    c: a Config with width, heads, window, proxies, pool and bias.
+    """
+
+    def _make(self, c) -> None:
+        check_heads(c)
+        check_windows(c.window, c.proxies, c.pool)
+        self.proxy_norm1, self.proxy_cross_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
+        self.norm_before = nn.LayerNorm(c.width)
+        self.proxy_attn1 = ProjectedAttention(c.width, c.heads, c.bias)
+        self.pvisual_attn2 = ProjectedAttention(c.width, c.heads, c.bias)
+        self.attn1 = ProjectedAttention(c.width, c.heads, c.bias)
+        self.linear_1_visual = nn.Linear(c.width, c.width)
+
+    def injected(self, x: Tensor, grid: Grid) -> Tensor:
+        """What the proxies tell each token: (B, N, width)."""
+        c = self.config
+        proxies = pooled(partition(x, grid, c.window), c.window, c.proxies, c.pool, self.training)
+        proxies = proxies.flatten(1, 2)
+        proxies = proxies + self.proxy_attn1(self.proxy_norm1(proxies))  # (B, windows * proxies^2, width)
+        told = self.pvisual_attn2(self.norm_before(x), self.proxy_cross_norm(proxies))
+        return self.linear_1_visual(told)
+
+
+@register_module
+class ProxyAttention(AttentionReplacement, Injection):
+    """Attention within windows, and between them through proxy tokens (PT-DiT, arXiv:2409.04005).
+
+    For the place of a trained encoder's self-attention; the whole block of the paper is `ProxyBlock`. The
+    parameters have the names they have there. `start_from` gives all three attentions the host's weights, and
+    what proxies tell the tokens goes through zeros at first.
+
+    In the paper windows are trained along with proxies. Cut down to windows, a host that was trained without
+    them is far from itself, so with `joint` tokens also attend, in the same softmax, to the pooled tokens of
+    all other windows, each of which counts as many times as it has tokens. It then starts as the host with
+    pooled keys and values outside of each token's window: with a proxy for each token it is the host.
+
+    Departures beside `joint`: tokens lie row by row, not window by window; what proxies say is added to the
+    output, not to what the windows read, since there is one residual connection only.
+    """
+
+    name = "proxy-attention"
+    paper = "arXiv:2409.04005"
+
+    @dataclass(frozen=True)
+    class Config:
+        """Each window of window * window tokens has proxies * proxies proxies.
+
+        pool     a proxy is "strided_mean", of the tokens at every proxies-th place of the window, as in the
+                 code of Ascend/MindSpeed-MM; "block_mean", of a block of the window; "first", the tokens in
+                 the window's corner; "random", in training one token of each block, else the block's mean
+        joint    tokens attend to the pooled tokens of other windows along with those of their own; False:
+                 to their own window only, as in the paper
+        prefix   tokens in front of the grid's (CLS), which attend to all tokens and are seen by all
+        """
+
+        width: int = 768
+        heads: int = 12
+        window: int = 8
+        proxies: int = 2
+        pool: str = "block_mean"
+        bias: bool = True
+        joint: bool = True
+        prefix: int = 0
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._make(config)
+        initialise(self)
+        zero(self.linear_1_visual)
+
+    def start_from(self, attention: HostAttention | nn.Module) -> None:
+        host = self._host(attention, self.config.width, self.config.heads)
+        host.check(bias=self.config.bias)
+        for part in (self.attn1, self.proxy_attn1, self.pvisual_attn2):
+            part.start_from(host)
+        zero(self.linear_1_visual)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """x (B, prefix + N, width), and the same shape out. Raises ValueError for a grid that windows do not
+        tile."""
+        c = self.config
+        check_grid(self.name, x, grid, c.width, c.prefix)
+        first, x = x[:, : c.prefix], x[:, c.prefix :]
+        windows = partition(x, grid, c.window)  # (B, P, n, width)
+        b, p = windows.shape[:2]
+        read, bias = (self._with_others(windows) if c.joint else windows), None
+        if c.joint:
+            bias = self._counts(windows).repeat(b, 1)[:, None, None]  # (B * P, 1, 1, prefix + S)
+        read = torch.cat([first[:, None].expand(-1, p, -1, -1), read], 2)
+        out = self.attn1(windows.flatten(0, 1), read.flatten(0, 1), bias).unflatten(0, (b, p))
+        out = merge(out, grid, c.window) + self.injected(x, grid)
+        return torch.cat([self.attn1(first, torch.cat([first, x], 1)), out], 1) if c.prefix else out
+
+    def _with_others(self, windows: Tensor) -> Tensor:
+        """Each window's tokens and the pooled tokens of all windows: (B, P, n + P * proxies^2, width)."""
+        c, p = self.config, windows.shape[1]
+        means = pooled(windows, c.window, c.proxies, c.pool, self.training).flatten(1, 2)
+        return torch.cat([windows, means[:, None].expand(-1, p, -1, -1)], 2)
+
+    def _counts(self, windows: Tensor) -> Tensor:
+        """For each window the log of how many tokens each of those stands for, -inf for its own pooled
+        tokens: (P, prefix + n + P * proxies^2)."""
+        c, (p, n) = self.config, windows.shape[1:3]
+        own = torch.eye(p, dtype=torch.bool, device=windows.device).repeat_interleave(c.proxies**2, 1)
+        others = windows.new_full(own.shape, 2 * math.log(c.window / c.proxies))
+        return torch.cat([windows.new_zeros(p, c.prefix + n), others.masked_fill(own, -torch.inf)], 1)
+
+
+@register_module
+class ProxyProjector(Resampler):
+    """Proxies alone as the image's tokens: pooled, attended to each other, projected to the language model.
+
+    The first half of proxy-token attention (PT-DiT, arXiv:2409.04005; proxy_norm1 and proxy_attn1 are its
+    parameters) and a projector of two layers. Not in the paper, where all tokens stay. Starts as the
+    projector of pooled features, since the attention's output layer is zero; `start_from` takes over a
+    trained projector, which then sees pooled tokens.
+
+    n tokens give n * proxies^2 / window^2, for grids that windows tile.
+    """
+
+    name = "proxy-projector"
+    paper = "arXiv:2409.04005"
+
+    @dataclass(frozen=True)
+    class Config:
+        """pool: see `ProxyAttention.Config`; with "strided_mean" the proxies of a window hardly differ."""
+
+        in_width: int = 1024
+        out_width: int = 4096
+        heads: int = 16
+        window: int = 4
+        proxies: int = 2
+        pool: str = "block_mean"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c = config
+        if c.in_width % c.heads:
+            raise ValueError(f"{c.heads} heads do not divide a width of {c.in_width}")
+        check_windows(c.window, c.proxies, c.pool)
+        self.proxy_norm1 = nn.LayerNorm(c.in_width)
+        self.proxy_attn1 = ProjectedAttention(c.in_width, c.heads, bias=True)
+        self.projector = nn.Sequential(
+            nn.Linear(c.in_width, c.out_width), nn.GELU(), nn.Linear(c.out_width, c.out_width)
+        )
+        initialise(self)
+        zero(self.proxy_attn1.to_out)
+
+    @torch.no_grad()
+    def start_from(self, first: nn.Linear, second: nn.Linear) -> None:
+        """From the two layers of a projector with GELU between them, as LLaVA 1.5 has it."""
+        if first.weight.shape != self.projector[0].weight.shape or first.out_features != second.out_features:
+            raise ValueError(
+                f"{self.name} projects {self.in_width} to {self.out_width}, not "
+                f"{first.in_features} to {second.out_features}"
+            )
+        self.projector[0].load_state_dict(first.state_dict())
+        self.projector[2].load_state_dict(second.state_dict())
+
+    def counts(self, n: int) -> list[int]:
+        per = self.config.window**2
+        return [n // per * self.config.proxies**2] if n % per == 0 else []
+
+    def counts_for(self, grid: Grid) -> list[int]:
+        check_tiling(grid, self.config.window)
+        return self.counts(grid[0] * grid[1])
+
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+        """(B, k, out_width), row by row of the proxies' own grid where `pool` is "block_mean"."""
+        c = self.config
+        self.checked(x, grid, k, levels)
+        windows = partition(x, grid, c.window)  # (B, P, window^2, width)
+        proxies = pooled(windows, c.window, c.proxies, c.pool, self.training)  # (B, P, proxies^2, width)
+        rows, columns = (side // c.window * c.proxies for side in grid)
+        proxies = merge(proxies, (rows, columns), c.proxies)  # (B, k, width)
+        return self.projector(proxies + self.proxy_attn1(self.proxy_norm1(proxies)))

@@ -1,0 +1,141 @@
+"""Modules that take the place of an encoder's self-attention, and what they start from."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Grid, LearnedModule
+
+
+class AttentionReplacement(LearnedModule):
+    """A module for the place of self-attention in a block: forward(x, grid) gives (B, N, width) for x
+    (B, N, width), which is row by row of grid = (rows, columns).
+
+    The residual connection and the norm before it are the host's. `start_from` takes over the weights of the
+    attention that is replaced and sets what is new so that it adds nothing.
+    """
+
+    def start_from(self, attention: HostAttention | nn.Module) -> None:
+        """Raises ValueError for an attention of another width or number of heads."""
+        raise NotImplementedError
+
+    def _host(self, attention: HostAttention | nn.Module, width: int, heads: int) -> HostAttention:
+        host = attention if isinstance(attention, HostAttention) else HostAttention.of(attention)
+        if (host.width, host.heads) != (width, heads):
+            raise ValueError(
+                f"{self.name} has width {width} and {heads} heads; the attention to start from has width "
+                f"{host.width} and {host.heads} heads"
+            )
+        return host
+
+
+class HostAttention(NamedTuple):
+    """The weights of a self-attention: qkv (3 * width, width), its bias, out (width, width), its bias."""
+
+    heads: int
+    qkv: Tensor
+    qkv_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.out.shape[0]
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> HostAttention:
+        """From transformers' CLIP and SigLIP (q_proj, k_proj, v_proj, out_proj), from `nn.MultiheadAttention`
+        and `vtc.transformer.Attention` (in_proj_weight, out_proj), or from timm (qkv, proj).
+
+        Raises ValueError for another module.
+        """
+        heads = next(
+            (getattr(attention, name) for name in ("num_heads", "heads") if _has(attention, name)), 0
+        )
+        if _has(attention, "q_proj", "k_proj", "v_proj", "out_proj"):
+            parts = [_linear(getattr(attention, f"{name}_proj")) for name in "qkv"]
+            qkv, bias = (torch.cat(both) for both in zip(*parts, strict=True))
+            out = attention.out_proj
+        elif _has(attention, "in_proj_weight", "out_proj"):
+            qkv, out = attention.in_proj_weight.detach(), attention.out_proj
+            bias = qkv.new_zeros(len(qkv)) if attention.in_proj_bias is None else attention.in_proj_bias
+        elif _has(attention, "qkv", "proj"):
+            (qkv, bias), out = _linear(attention.qkv), attention.proj
+        else:
+            heads = 0
+        if not heads:
+            raise ValueError(
+                f"no query, key, value and output projections were found in a {type(attention).__name__}: "
+                "give a HostAttention"
+            )
+        return cls(heads, qkv, bias.detach(), *_linear(out))
+
+    def check(self, **options: bool) -> None:
+        """Raises ValueError where a bias that is not zero has no place."""
+        for name, there in options.items():
+            if not there and bool(self.qkv_bias.any()):
+                raise ValueError(f"the attention to start from has biases: make the module with {name}=True")
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(getattr(module, name, None) is not None for name in names)
+
+
+def _linear(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = layer.weight.detach()
+    return weight, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+
+
+@torch.no_grad()
+def put(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Weights into a layer, whose bias may be absent."""
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+
+
+def zero(*parts: nn.Module | nn.Parameter) -> None:
+    for part in parts:
+        for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+            nn.init.zeros_(parameter)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Multi-head attention of q (B, T, width) over k and v (B, S, width): (B, T, width).
+
+    bias: added to the logits, or True where a query may see a key; broadcast to (B, heads, T, S).
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2).flatten(2)
+
+
+def as_map(x: Tensor, grid: Grid) -> Tensor:
+    """(B, N, width) to (B, width, rows, columns)."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, width, rows, columns) to (B, N, width)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def check_grid(name: str, x: Tensor, grid: Grid, width: int, prefix: int = 0) -> None:
+    """Raises ValueError for x that is not (B, prefix + rows * columns, width)."""
+    if x.dim() != 3 or x.shape[1:] != (prefix + grid[0] * grid[1], width) or min(grid) < 1:
+        raise ValueError(
+            f"{name} takes (B, {f'{prefix} + ' * bool(prefix)}rows * columns, {width}), not "
+            f"{tuple(x.shape)} for a grid of {grid[0]} rows and {grid[1]} columns"
+        )
+
+
+def check_heads(config: Any) -> None:
+    if config.width % config.heads:
+        raise ValueError(f"{config.heads} heads do not divide a width of {config.width}")

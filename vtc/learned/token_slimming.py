@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..transformer import initialise
+from .base import Grid, LearnedModule, Resampler, register_module
+from .mlp import Mlp
+
+
+@register_module
+class TokenSlimming(Resampler):
+    """The token slimming module of SiT (arXiv:2111.12624): each token out is a mean of all tokens, with
+    weights that every token gives itself by a small network and that sum to 1.
+
+    A set goes in: the order of tokens changes nothing. Parameters are those of the official code (`tsm.0` and
+    so on of a model). The number of tokens is a size of the last layer, so there is one for each module.
+
+    Fresh, all tokens out are about the mean of the tokens in. `start_from` some features fits the last layer
+    so that they start as means of blocks of the grid, as near as features tell where they are from. The
+    official code has no such start: it trains the encoder along.
+    """
+
+    name = "token-slimming"
+    paper = "arXiv:2111.12624"
+
+    @dataclass(frozen=True)
+    class Config:
+        """tokens: how many come out. ratio: hidden width by width."""
+
+        in_width: int = 1024
+        tokens: int = 144
+        ratio: float = 0.5
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c = config
+        hidden = int(c.in_width * c.ratio)
+        if c.tokens < 1 or hidden < 1:
+            raise ValueError(f"tokens and hidden width are at least 1, not {c.tokens} and {hidden}")
+        self.weight = nn.Sequential(
+            nn.LayerNorm(c.in_width), nn.Linear(c.in_width, hidden), nn.GELU(), nn.Linear(hidden, c.tokens)
+        )
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+        initialise(self)
+
+    @property
+    def out_width(self) -> int:
+        return self.in_width
+
+    def counts(self, n: int) -> list[int]:
+        return [self.config.tokens]
+
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+        self.checked(x, grid, k, levels)
+        return self.slim(x)
+
+    def slim(self, x: Tensor, prefix: int = 0) -> Tensor:
+        """(B, prefix + N, width) to (B, prefix + tokens, width), between the layers of an encoder.
+
+        The first `prefix` tokens (CLS) stay as they are and are mixed into no other.
+        """
+        first, x = x[:, :prefix], x[:, prefix:]
+        return torch.cat([first, self.weights_of(x).transpose(1, 2) @ x], 1)
+
+    def weights_of(self, x: Tensor) -> Tensor:
+        """(B, N, tokens), which sum to 1 over the N."""
+        return (self.weight(x) * self.scale).softmax(1)
+
+    @torch.no_grad()
+    def start_from(
+        self, features: Tensor, grid: Grid, size: Grid, sharpness: float = 10.0, ridge: float = 1e-3
+    ) -> None:
+        """Fits the last layer on features (images, N, width) of a grid, for tokens out on a grid of `size`.
+
+        By least squares: a token of the block gets the logit `sharpness`, others get 0. ridge: of the fit,
+        by the mean square of the hidden numbers. Raises ValueError for a size that does not have `tokens`.
+        """
+        if size[0] * size[1] != self.config.tokens or size[0] > grid[0] or size[1] > grid[1]:
+            raise ValueError(f"{self.config.tokens} tokens on a grid of {grid} are not {size[0]} x {size[1]}")
+        self.checked(features, grid)
+        owner = torch.arange(size[0] * size[1], device=features.device).reshape(1, 1, *size).float()
+        owner = F.interpolate(owner, grid, mode="nearest").long().flatten()  # (N,)
+        wanted = sharpness * F.one_hot(owner, self.config.tokens).double()  # (N, tokens)
+        hidden = self.weight[:3](features.to(self.scale)).double().flatten(0, 1)  # (images * N, hidden)
+        wanted = wanted.repeat(len(features), 1)
+        centred = hidden - hidden.mean(0)
+        gram = centred.T @ centred
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        solved = torch.linalg.solve(gram, centred.T @ (wanted - wanted.mean(0))).T  # (tokens, hidden)
+        self.weight[3].weight.copy_(solved)
+        nn.init.zeros_(self.weight[3].bias)  # adds the same to all tokens in, which the softmax takes off
+        nn.init.ones_(self.scale)
+
+
+@register_module
+class ReverseSlimming(LearnedModule):
+    """SiT's reverse token slimming module (arXiv:2111.12624): `tokens` slimmed tokens back to `recovered`.
+
+    In training only, one after every layer that has fewer tokens than the teacher. Parameters are those of
+    the official code (`rtsm.0` and so on).
+    """
+
+    name = "reverse-slimming"
+    paper = "arXiv:2111.12624"
+
+    @dataclass(frozen=True)
+    class Config:
+        """ratio: hidden by outer widths, of tokens and of channels."""
+
+        width: int = 1024
+        tokens: int = 144
+        recovered: int = 576
+        ratio: float = 4.0
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        c = config
+        self.norm1, self.norm2 = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
+        self.mlp1 = Mlp(c.tokens, int(c.recovered * c.ratio), c.recovered)
+        self.mlp2 = Mlp(c.width, int(c.width * c.ratio), c.width)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, tokens, width) to (B, recovered, width). Raises ValueError for another number of tokens."""
+        if x.dim() != 3 or x.shape[1:] != (self.config.tokens, self.config.width):
+            raise ValueError(
+                f"{self.name} takes (B, {self.config.tokens}, {self.config.width}), not {tuple(x.shape)}"
+            )
+        x = self.mlp1(self.norm1(x).transpose(1, 2)).transpose(1, 2)  # (B, recovered, width)
+        return x + self.mlp2(self.norm2(x))
+
+
+def recalibration_loss(recovered: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """SiT's feature recalibration distillation: mean over layers of the mean square error between recovered
+    tokens of the student and the teacher's, each (B, N, width). Nothing flows into the teacher.
+
+    Raises ValueError for different layers.
+    """
+    shapes = [[tuple(x.shape) for x in layers] for layers in (recovered, teacher)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ValueError(f"the layers of student and teacher differ: {shapes[0]} and {shapes[1]}")
+    pairs = zip(recovered, teacher, strict=True)
+    return torch.stack([F.mse_loss(x, target.detach()) for x, target in pairs]).mean()
+
+
+def slimming_distillation(
+    recovered: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    tokens_weight: float = 2.0,
+    logits_weight: float = 2.0,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """What SiT adds to the task's loss: `tokens`, the recalibration loss, and `logits`, the KL divergence of
+    the student's from the teacher's (B, classes), with their weights. To be summed.
+
+    Without SiT's second, convolutional teacher.
+    """
+    student, wanted = (F.log_softmax(x / temperature, 1) for x in (logits, teacher_logits.detach()))
+    divergence = F.kl_div(student, wanted, reduction="batchmean", log_target=True) * temperature**2
+    return {
+        "tokens": tokens_weight * recalibration_loss(recovered, teacher),
+        "logits": logits_weight * divergence,
+    }
