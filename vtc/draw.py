@@ -78,9 +78,8 @@ def draw(
 
 
 def _caption(handle: Any, record: Record, block: int | str | None) -> str:
-    parts = [
-        " + ".join(f"{method.name}, {_budget(told['keep'])}" for method, told in getattr(handle, "plan", []))
-    ]
+    plan = [(method.name, told["keep"]) for method, told in getattr(handle, "plan", [])]
+    parts = [" + ".join(name if keep is None else f"{name}, {_budget(keep)}" for name, keep in plan)]
     parts += [f"block {block}"] if isinstance(block, Integral) else []
     parts += [f"{len(record.index)} of {len(record.source)} tokens"]
     return "  ·  ".join(part for part in parts if part)

@@ -104,6 +104,7 @@ class Method:
     needs_grid: ClassVar[bool] = False  # reads the rows and columns of one picture
     lowers_resolution: ClassVar[bool] = False  # the encoder is shown a picture of k patches
     source: ClassVar[Any] = None  # a module that makes the features in the place of the vision tower
+    module: ClassVar[Any] = None  # a `vtc.learned.Resampler` that makes tokens of features, keep may be None
     allocate: ClassVar[Any] = "proportional"  # shares an image's budget over its tiles, see allocate.py
     decoder_layer: ClassVar[int | float] = 2  # decoder stage: in front of which layer tokens are dropped
     decoder_needs: ClassVar[tuple[Need, ...] | None] = None  # what is read there, where that is not `needs`
@@ -129,6 +130,9 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, "options": dataclasses.asdict(self)}
+
+    def check_plan(self) -> None:
+        """Raises ValueError where `load()` would not find it by what `to_dict` says."""
 
 
 @dataclass
@@ -200,8 +204,14 @@ def list_methods(stage: str | None = None) -> list[str]:
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """The method of that name with the given options. Raises ValueError for an unknown name or option."""
+    """The method of that name with the given options. In the place of a name, a folder or a name on the
+    Hugging Face Hub of a module that `save_pretrained` saved. Raises ValueError for an unknown name or
+    option, OSError for a module that cannot be read."""
     known = _methods()
+    if name not in known and is_saved(name):
+        from .learned.method import load_method
+
+        return load_method(name, options)
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
         hint = (
@@ -227,6 +237,11 @@ def get_method(name: str, **options: Any) -> Method:
     return cls(**options)
 
 
+def is_saved(name: str | Path) -> bool:
+    """Whether it is no name of a method, but may be where a module was saved: a folder, or owner/name."""
+    return Path(name).is_dir() or str(name).count("/") == 1 or isinstance(name, Path)
+
+
 def doc(cls: type[Method]) -> str:
     """The first line of a method's docstring, for tables."""
     return inspect.getdoc(cls).splitlines()[0]
@@ -241,7 +256,9 @@ def save(plan: list[tuple[Method | str, dict]], path: str | Path) -> None:
         settings = dict(settings)
         where = {name: settings.pop(name) for name in SETTINGS if name in settings}
         where = {name: value.shown() if hasattr(value, "shown") else value for name, value in where.items()}
-        method = get_method(method, **settings) if isinstance(method, str) else method
+        method = get_method(method, **settings) if isinstance(method, (str, Path)) else method
+        if isinstance(method, Method):
+            method.check_plan()
         steps.append({**method.to_dict(), **where})
     Path(path).write_text(
         json.dumps({"type": "vtc", "version": __version__, "steps": steps}, indent=2) + "\n"

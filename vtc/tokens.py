@@ -92,6 +92,8 @@ class Reduction:
     mix      (B, K, N)  soft merging: how much of each token is in each slot, in the place of all the above;
              `source` is then for drawing
     spread   (B, N, K)  soft un-merging: how much of each slot each token gets back
+    new      (B, K, D')  tokens of its own, neither some of those given nor averages of them: what `apply`
+             gives. `source` is then for drawing, and for what else is known of the tokens
     pruned   True where no token was merged, so that kept tokens are exact copies
     ordered  True where prompts whose positions are counted anew hold the tokens in the order of `index`, and
              not of their places
@@ -104,6 +106,7 @@ class Reduction:
     combine: str = "mean"
     mix: Tensor | None = None
     spread: Tensor | None = None
+    new: Tensor | None = None
     pruned: bool = False
     ordered: bool = False
 
@@ -137,6 +140,8 @@ class Reduction:
             sorted_.size = self.size.gather(1, order)
         if self.mix is not None:
             sorted_.mix = gather(self.mix, order)
+        if self.new is not None:
+            sorted_.new = gather(self.new, order)
         if self.spread is not None:
             sorted_.spread = gather(self.spread.transpose(1, 2), order).transpose(1, 2)
         return sorted_
@@ -146,6 +151,8 @@ class Reduction:
 
         An average is weighted by `weight`, else by `size` (B, N), else plainly, and summed in float32.
         """
+        if self.new is not None:
+            return self.new.to(x.dtype)
         if self.mix is not None:
             return (self.mix.float() @ x.float()).to(x.dtype)
         return added(gather(x, self.index), self.change(x, size))
@@ -156,6 +163,8 @@ class Reduction:
         Only tokens that leave their places have to be looked at. Where a token j joins one at place p, the
         mean becomes x_p + sum of w_j / W (x_j - x_p), and the sum x_p + sum of w_j x_j + (w_p - 1) x_p.
         """
+        if self.new is not None:
+            return self._every, self.new.float() - gather(x, self.index).float()
         if self.mix is None and (self.pruned or self.k == self.source.shape[1]):
             return None
         if self.mix is not None:

@@ -81,15 +81,28 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[int]]:
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """Of rows about the same run the last one made: a method that was rewritten is run under another key."""
+    """Of rows about the same run the last one made: a method that was rewritten is run under another key. Of
+    a module's folder only the weights that were run last count."""
+    weights: dict[str, Row] = {}
+    for row in rows:
+        if "folder" in row:
+            _keep_later(weights, _place(row, "folder"), row)
     found: dict[str, Row] = {}
     for row in rows:
-        about = [row[name] for name in ("model", "task", "split", "n", "method", "options", "keep")]
-        key = json.dumps(about, sort_keys=True)
-        older = found.get(key)
-        if older is None or older.get("date", "") <= row.get("date", ""):
-            found[key] = row
+        if "folder" in row and weights[_place(row, "folder")]["method"] != row["method"]:
+            continue
+        _keep_later(found, _place(row, "method", "options", "keep"), row)
     return list(found.values())
+
+
+def _place(row: Row, *names: str) -> str:
+    return json.dumps([row[name] for name in ("model", "task", "split", "n", *names)], sort_keys=True)
+
+
+def _keep_later(found: dict[str, Row], key: str, row: Row) -> None:
+    older = found.get(key)
+    if older is None or older.get("date", "") <= row.get("date", ""):
+        found[key] = row
 
 
 def _row(line: bytes) -> Row | None:

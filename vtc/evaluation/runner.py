@@ -68,7 +68,10 @@ def is_method(name: str) -> bool:
 
 
 def label(method: str, options: dict[str, Any]) -> str:
-    """The name that tables and legends give to a method with options; seeds are not named."""
+    """The name that tables and legends give to a method with options; seeds are not named, and of the digest
+    of a module's weights the beginning."""
+    module, at, digest = method.partition("@")
+    method = f"{module}@{digest[:4]}" if at else method
     shown = ", ".join(f"{name}={text(value)}" for name, value in sorted(options.items()) if name != "seed")
     return f"{method} ({shown})" if shown else method
 
@@ -96,7 +99,7 @@ def run(model: nn.Module, batches: Batches, setting: Setting, repeats: int = 3) 
     blind = setting.method == BLIND
     first = batches.first()
     with attached:
-        tally = _ask(model, batches, blind)
+        tally = ask(model, batches, blind)
         cost = None if blind else profile(model, place(first.inputs, model), repeats)
     return {**tally.row(), **given, "cost": cost, **made()}
 
@@ -114,7 +117,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _ask(model: nn.Module, batches: Batches, blind: bool) -> Tally:
+def ask(model: nn.Module, batches: Batches, blind: bool = False) -> Tally:
+    """Asks every item of the model as it is; without the pictures where it is to be blind."""
     tally, length = Tally(), batches.answer_length()
     with nullcontext() if blind else recording(model) as handle:
         for batch in batches:

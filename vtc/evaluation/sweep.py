@@ -19,7 +19,8 @@ from torch import nn
 
 from ..api import compress
 from ..method import SETTINGS, Method, get_method
-from ..tokens import Keep
+from ..tokens import Keep, count_kept
+from . import learned
 from .calibrate import OWN, check
 from .prompts import Batches
 from .results import Results, Row, newest, read_rows
@@ -28,6 +29,7 @@ from .tasks import Task, load_task
 
 MethodSpec = str | tuple[str, dict[str, Any]]
 DECODER = "decoder"
+HALTING = ("epsilon", "confidence")  # with these options a module chooses the number of tokens itself
 
 
 def sweep(
@@ -50,7 +52,9 @@ def sweep(
     """Runs what `output` does not hold yet and returns the rows of the whole sweep, each a line of the file.
 
     methods   names, or (name, options) pairs; one with an option `seed` is run once per seed. `positions` and
-              `allocate` of `compress()` may stand among the options
+              `allocate` of `compress()` may stand among the options. A name may be the folder of a module
+              with weights, which runs at the budgets that it can make of the first picture; rows call it by
+              the module's name and a digest of its weights, so that one trained anew is run anew
     keeps     budgets as in `compress()`, and those of calibrate.py: "own", the number that a method chooses
               itself, and "mean:16" or "mean:0.11", the fraction of the scores that comes to so many tokens on
               average. Those, and "p:0.9", are for methods with a number of their own or with scores, and not
@@ -80,7 +84,16 @@ def sweep(
     def runner(task: Task) -> Callable[[Setting], Row]:
         return partial(run, model, Batches(processor, task, batch_size), repeats=repeats)
 
-    rows = complete(output, identity, tasks, settings, runner, command, progress)
+    grids: dict[str, Any] = {}
+
+    def fits(task: Task, setting: Setting) -> bool:
+        if not is_method(setting.method) or not learned.is_module(setting.method):
+            return True
+        if task.name not in grids:
+            grids[task.name] = learned.grid_of(model, Batches(processor, task, 1))
+        return _makes(setting, grids[task.name])
+
+    rows = complete(output, identity, tasks, settings, runner, command, progress, fits)
     names = [spec if isinstance(spec, str) else spec[0] for spec in methods]
     chance = many(seeds) if "random" in names else []
     for task in tasks if any(isinstance(keep, str) for keep in many(keeps)) else []:
@@ -94,10 +107,13 @@ def sweep(
 def complete(
     output: str | Path, identity: str, tasks: list[Task], settings: list[Setting],
     runner: Callable[[Task], Callable[[Setting], Row]], command: str | None, progress: bool,
+    fits: Callable[[Task, Setting], bool] = lambda task, setting: True,
 ) -> list[Row]:  # fmt: skip
-    """Runs every setting on every task that `output` has no row of, by what `runner` makes of a task."""
+    """Runs every setting on every task that `output` has no row of, by what `runner` makes of a task; those
+    that do not fit are left out."""
     command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    planned = {run_key(identity, task, setting): (task, setting) for task in tasks for setting in settings}
+    pairs = [(task, setting) for task in tasks for setting in settings if fits(task, setting)]
+    planned = {run_key(identity, task, setting): (task, setting) for task, setting in pairs}
     with Results(output) as results:
         missing = {key: run for key, run in planned.items() if not _done(results.rows.get(key))}
         with _bar(len(missing), progress) as bar:
@@ -116,11 +132,12 @@ def counterparts(rows: list[Row], known: list[Row], seeds: list[int]) -> Iterato
     """What has to be run for a fair look at `rows` of budgets that differ from picture to picture: the same
     method, and random tokens, with as many tokens of every picture as were kept on average. `known` are rows
     that need no second run."""
-    done = {_run(row["method"], row["options"], _count(row)) for row in known if _is_fixed(row)}
+    fixed = [row for row in known if _is_fixed(row)]
+    done = {_run(row.get("folder", row["method"]), row["options"], _count(row)) for row in fixed}
     for row in rows:
         if "error" in row or not isinstance(row["keep"], str):
             continue
-        k, own = _count(row), (row["method"], fixed_options(row))
+        k, own = _count(row), (row.get("folder", row["method"]), fixed_options(row))
         for method, options in [own, *(("random", {"seed": seed}) for seed in seeds)]:
             if _run(method, options, k) not in done:
                 done.add(_run(method, options, k))
@@ -129,7 +146,18 @@ def counterparts(rows: list[Row], known: list[Row], seeds: list[int]) -> Iterato
 
 def fixed_options(row: Row) -> dict[str, Any]:
     """The options with which the method of a row keeps as many tokens as it is told."""
-    return row["options"] | ({"adaptive": False} if row["keep"] == OWN else {})
+    if row["keep"] != OWN:
+        return row["options"]
+    if "folder" in row:
+        return {name: value for name, value in row["options"].items() if name not in HALTING}
+    return row["options"] | {"adaptive": False}
+
+
+def _makes(setting: Setting, grid: tuple[int, int] | None) -> bool:
+    """Whether a module can make a budget of a grid. What only the run can tell, is run."""
+    if grid is None or isinstance(setting.keep, str):
+        return True
+    return count_kept(setting.keep, grid[0] * grid[1]) in learned.load(setting.method).counts_for(grid)
 
 
 def _count(row: Row) -> int:
@@ -166,7 +194,9 @@ def run_key(identity: str, task: Task, setting: Setting) -> str:
     """Names a run; the same wherever and whenever it is run."""
     what = [identity, task.name, task.split, len(task.items), task.fingerprint]
     how = [setting.method, setting.options, setting.keep]
-    if is_method(setting.method):
+    if is_method(setting.method) and learned.is_module(setting.method):
+        how[0] = learned.card(setting.method).name
+    elif is_method(setting.method):
         how.append(_source(setting.method))
     return hashlib.sha256(json.dumps([*what, *how], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -217,7 +247,8 @@ def _varies(method: Method, keep: str) -> bool:
     a warning says so."""
     if method.name in BASELINES:
         return False
-    able = getattr(method, "adaptive", False) if keep == OWN else getattr(method, "scored", False)
+    chooses = getattr(method, "adaptive", False) or getattr(method, "epsilon", None) is not None
+    able = chooses if keep == OWN else getattr(method, "scored", False)
     if not able:
         what = "chooses no number of tokens itself" if keep == OWN else "has no scores"
         warnings.warn(f"'{method.name}' runs without keep={keep!r}: it {what}", stacklevel=4)
@@ -236,11 +267,13 @@ def serves(model: nn.Module, name: str, **options: Any) -> bool:
 
 
 def _describe(key: str, identity: str, task: Task, setting: Setting, command: str) -> Row:
-    return {
+    method = is_method(setting.method)
+    row = {
         "key": key, "model": identity, "task": task.name, "split": task.split, "n": len(task.items),
         "method": setting.method, "options": setting.options, "seed": setting.options.get("seed"),
-        "keep": setting.keep if is_method(setting.method) else None, "command": command,
+        "keep": setting.keep if method else None, "command": command,
     }  # fmt: skip
+    return row | learned.described(setting.method) if method and learned.is_module(setting.method) else row
 
 
 def _attempt(make: Callable[[Setting], Row], task: Task, setting: Setting) -> Row:

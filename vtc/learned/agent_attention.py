@@ -15,6 +15,7 @@ from .replacement import (
     as_map,
     as_tokens,
     attend,
+    attention_flops,
     check_grid,
     check_heads,
     put,
@@ -46,6 +47,7 @@ class AgentAttention(AttentionReplacement):
 
     name = "agent-attention"
     paper = "arXiv:2312.08874"
+    one_grid = True
 
     @dataclass(frozen=True)
     class Config:
@@ -87,15 +89,24 @@ class AgentAttention(AttentionReplacement):
         put(self.proj, host.out, host.out_bias)
         zero(self.dwc, *(p for name, p in self.named_parameters() if name.endswith("_bias")))
 
+    def fits(self, grid: Grid) -> None:
+        if tuple(grid) != tuple(self.config.window):
+            window = tuple(self.config.window)
+            raise ValueError(
+                f"these biases are for a grid of {window}, not {tuple(grid)}: make {self.name} with window"
+            )
+
+    def flops(self, grid: Grid) -> int:
+        c, n = self.config, grid[0] * grid[1]
+        tokens = c.prefix + n
+        return attention_flops(tokens, c.width, keys=2 * c.agents) + 18 * n * c.width
+
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, prefix + N, width), and the same shape out. Raises ValueError for a grid that is not the
         window."""
         c, first = self.config, self.config.prefix
         check_grid(self.name, x, grid, c.width, first)
-        if tuple(grid) != tuple(c.window):
-            raise ValueError(
-                f"these biases are for a grid of {c.window}, not {tuple(grid)}: make {self.name} with window"
-            )
+        self.fits(grid)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         agents = _pooled(q[:, first:], grid, (self.side, self.side))  # (B, n, width)
         gathered = attend(agents, k, v, c.heads, self._agent_bias())  # (B, n, width)

@@ -10,12 +10,19 @@ import operator
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..tokens import Reduction
 from . import checkpoints
+from .adapter import Adapter
+from .fingerprint import fingerprint
+from .grids import spread
+
+if TYPE_CHECKING:
+    from ..method import Method
 
 Grid = tuple[int, int]  # rows, columns
 
@@ -42,15 +49,36 @@ class LearnedModule(nn.Module):
         if not isinstance(config, self.Config):
             raise TypeError(f"{type(self).__name__} takes a {type(self).__name__}.Config, not {config!r}")
         self.config = config
+        self.folder: str | None = None  # from which it was loaded, or a name on the Hub
+        self.host: dict[str, Any] | None = None  # see `trained_on`
+        self.adapter: Adapter | None = None  # see `adapt`
 
     @property
     def dtype(self) -> torch.dtype:
         """Of its weights; float32 where it has none."""
         return next((weight.dtype for weight in self.parameters()), torch.float32)
 
+    def trained_on(self, model: nn.Module | None) -> Self:
+        """Notes the host that it works with, as `save_pretrained` keeps it: kind, widths, and a few of the
+        weights of encoder and projector. `vtc.compress()` then refuses others. None: any host will do."""
+        self.host = None if model is None else fingerprint(model)
+        return self
+
+    def adapt(self, model: nn.Module, rank: int = 16, alpha: float | None = None) -> Self:
+        """Gives it low-rank updates of a host's language model, which are trained, saved and attached along
+        with it (LoRA, arXiv:2106.09685). A fresh one adds nothing. Raises ValueError where there is none."""
+        from ..api import open_model
+
+        decoder = getattr(open_model(model), "decoder", None)
+        if decoder is None:
+            raise ValueError(f"{type(model).__name__} has no language model to adapt: leave the adapter out")
+        self.adapter = Adapter.of(decoder, rank, alpha)
+        return self
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which `from_pretrained` reads."""
         checkpoints.save(self, folder)
+        self.folder = str(folder)
 
     def push_to_hub(self, name: str, *, private: bool | None = None) -> str:
         """Saves it into a repository on the Hugging Face Hub, made if there is none; the address of it."""
@@ -93,9 +121,18 @@ class Resampler(LearnedModule):
     levels  features of further layers of the encoder, each (B, N, in_width), for modules with `layers`
 
     `Resampler.checked` is the first thing a `forward` calls.
+
+    `vtc.compress(model, module, keep=k)` puts it into a host, at the place that the class names:
+
+    "before"   between encoder and projector, whose in_width is the width of both features and tokens. Behind
+               a projector that does not work token by token, where the language model is as wide
+    "instead"  it is the projector: the host's own runs, and its output is not used
+    "behind"   between projector and language model
     """
 
     ordered: ClassVar[bool] = False  # the first k of more tokens are the tokens of k
+    place: ClassVar[str] = "before"
+    stages: ClassVar[tuple[str, ...]] = ("features",)  # of a host, its default first
 
     @property
     def in_width(self) -> int:
@@ -118,6 +155,30 @@ class Resampler(LearnedModule):
     def counts_for(self, grid: Grid) -> Sequence[int]:
         """The numbers of tokens that those of a grid (rows, columns) can become, ascending."""
         return self.counts(grid[0] * grid[1])
+
+    def reduction(self, x: Tensor, grid: Grid, k: int, levels: Sequence[Tensor] = ()) -> Reduction:
+        """The same k tokens with their places in the grid: spread evenly over it, one in the middle of each
+        cell. Arguments as of `forward`. Raises ValueError where there are more tokens than places."""
+        k, n = self.checked(x, grid, k, levels), x.shape[1]
+        if k > n:
+            raise ValueError(f"{self.name} makes {k} tokens of {n}, but a host has {n} places for them")
+        index = spread(grid, k)[0].to(x.device).expand(len(x), -1)
+        return Reduction(index, self.owners(x, grid, k).to(x.device), new=self(x, grid, k, levels))
+
+    def owners(self, x: Tensor, grid: Grid, k: int) -> Tensor:
+        """Which of k tokens each place goes into, as pictures show it: (B, N), -1 for none. Here the cells of
+        their own grid (`shape`), or of a grid like it."""
+        return spread(grid, k, self.shape(grid, k))[1].expand(len(x), -1)
+
+    def shape(self, grid: Grid, k: int) -> Grid | None:
+        """The grid of k tokens, row by row; None where they have none of their own."""
+        return None
+
+    def as_method(self) -> Method:
+        """What `vtc.compress()` makes of it."""
+        from .method import FromModule
+
+        return FromModule(self)
 
     def draw(self, grid: Grid, generator: torch.Generator | None = None) -> int:
         """A number of tokens for a step of training, here each of `counts_for` equally often. With a

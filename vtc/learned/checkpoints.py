@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .adapter import Adapter
+
 if TYPE_CHECKING:
     from .base import LearnedModule
 
 CONFIG, OWN_WEIGHTS = "config.json", "model.safetensors"
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # under which trainings save weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
@@ -29,8 +32,12 @@ def save(module: LearnedModule, folder: str | Path) -> None:
         raise ValueError(f"{folder} is a file: a module is saved into a folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"module": module.name, "vtc": __version__, "options": dataclasses.asdict(module.config)}
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    if module.host is not None:
+        content["host"] = module.host
+    if module.adapter is not None:
+        content["adapter"] = module.adapter.describe()
     save_model(module, str(folder / OWN_WEIGHTS))
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")  # last: with it a folder is a module
 
 
 def push(module: LearnedModule, name: str, private: bool | None) -> str:
@@ -65,9 +72,25 @@ def load(
             "get_module('mqt').from_pretrained(path, **options)"
         )
     module = found(config)
+    if "adapter" in content:
+        module.adapter = Adapter(**content["adapter"])
     _check(module, state, name)
     module.load_state_dict(state)
+    if "module" in content:
+        module.folder, module.host = str(name), content.get("host")
     return module.eval()
+
+
+def is_module(name: str | Path) -> bool:
+    """Whether a folder holds a module that was saved."""
+    return (Path(name) / CONFIG).is_file() and "module" in _read_config(Path(name))
+
+
+def holds(module: LearnedModule, name: str) -> bool:
+    """Whether the weights saved there are those that a module has now, to the precision of its dtype."""
+    saved = _read(_local(type(module), name, None) / OWN_WEIGHTS)
+    own = module.state_dict()
+    return all(torch.equal(value.to(own[key]), own[key]) for key, value in saved.items())
 
 
 def _named(cls: type[LearnedModule], saved: str, name: str | Path) -> type[LearnedModule]:
@@ -131,7 +154,18 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} is not read: it is no file of weights, or would run code of its own: {error}"
         ) from None
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return _tensors(content, file)
+
+
+def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    """The state dict that a file holds, also where that is one entry of a checkpoint of a training."""
+    while isinstance(content, dict):
+        found = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            return found
+        content = inner
+    raise ValueError(f"{file} holds {type(content).__name__}, where weights by name were due")
 
 
 def _check(module: LearnedModule, state: dict[str, Tensor], name: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +46,37 @@ def pool(x: Tensor, grid: tuple[int, int], k: int) -> Tensor:
     rows, columns = grid
     if k == rows * columns:
         return x
-    bands = min(rows, k, max(1, -(-k // columns), round(math.sqrt(k * rows / columns))))
+    shares = _shares(grid, k)
+    bands = len(shares)
     y = x.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
     if k % bands == 0:
         y = F.adaptive_avg_pool2d(y, (bands, k // bands)).flatten(2)
     else:
         y = F.adaptive_avg_pool2d(y, (bands, columns))
-        shares = [(i + 1) * k // bands - i * k // bands for i in range(bands)]
         y = torch.cat([F.adaptive_avg_pool1d(y[:, :, i], n) for i, n in enumerate(shares)], 2)
     return y.transpose(1, 2).to(x.dtype)
+
+
+@lru_cache(maxsize=512)
+def spread(grid: tuple[int, int], k: int, shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """k places spread over a grid, row by row: (k,), each in the middle of its cell, and the cell that each
+    token is in: (N,). Cells are those of a grid of this shape, or of `pool`, and share no tokens."""
+    rows, columns = grid
+    shares = _shares(grid, k) if shape is None else [shape[1]] * shape[0]
+    bands = torch.arange(rows) * len(shares) // rows  # (rows,)
+    first = torch.tensor([0, *shares]).cumsum(0)
+    cells = torch.stack(
+        [first[band] + torch.arange(columns) * shares[band] // columns for band in bands.tolist()]
+    )
+    middles = []
+    for cell in range(k):
+        row, column = (places.unique() for places in (cells == cell).nonzero().unbind(1))
+        middles.append(int(row[(len(row) - 1) // 2]) * columns + int(column[(len(column) - 1) // 2]))
+    return torch.tensor(middles), cells.flatten()
+
+
+def _shares(grid: tuple[int, int], k: int) -> list[int]:
+    """How many of k cells each band of rows has."""
+    rows, columns = grid
+    bands = min(rows, k, max(1, -(-k // columns), round(math.sqrt(k * rows / columns))))
+    return [(i + 1) * k // bands - i * k // bands for i in range(bands)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from .base import Grid, Resampler, register_module
 from .feature_decoder import FeatureDecoder
 from .pyramid import Pyramid
 from .reading import Reader, mixture, positions, waves
+
+if TYPE_CHECKING:
+    from ..method import Method
 
 LEAST = 1e-4  # an error below this counts as none
 
@@ -120,6 +124,14 @@ class OrderedResampler(Resampler):
     def counts(self, n: int) -> range:
         return range(1, min(self.config.tokens, n) + 1)
 
+    def as_method(self, epsilon: float | None = None, confidence: float | None = None) -> Method:
+        """What `vtc.compress()` makes of it. With either of them each image gets as many tokens as `halt`
+        tells, `keep` at most. Raises ValueError as that does."""
+        from .method import FromModule
+
+        self._checked_halting(epsilon, confidence)
+        return FromModule(self, epsilon, confidence)
+
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Takes mean and standard deviation of each channel from features (..., D) of many images."""
@@ -130,6 +142,10 @@ class OrderedResampler(Resampler):
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         k = self.checked(x, grid, k, levels)
         return self.features(self.read(x, grid, k)[0]).to(x.dtype)
+
+    def owners(self, x: Tensor, grid: Grid, k: int) -> Tensor:
+        """The token that starts as the average of the smallest cell around a place."""
+        return Pyramid(grid, k).finest(x.device).expand(len(x), -1)
 
     def read(self, x: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, k, D) in calibrated units, what registers have read (B, k, width), and the mean square
@@ -240,12 +256,7 @@ class OrderedResampler(Resampler):
         confidence: how probably, between 0 and 1. All tokens where it is never so. Extras: `error` (B, K),
         the foretold median error after each token. Raises ValueError for an epsilon that is not positive.
         """
-        epsilon = self.config.epsilon if epsilon is None else epsilon
-        confidence = self.config.confidence if confidence is None else confidence
-        if not epsilon > 0 or not 0 < confidence < 1:
-            raise ValueError(
-                f"epsilon is positive and confidence between 0 and 1, not {epsilon} and {confidence}"
-            )
+        epsilon, confidence = self._checked_halting(epsilon, confidence)
         tokens, hidden, left = self.read(x, grid, self.checked(x, grid))
         location, scale = self.foretell(hidden, left)
         enough = (math.log(epsilon + LEAST) - location) / scale >= math.log(confidence / (1 - confidence))
@@ -253,3 +264,12 @@ class OrderedResampler(Resampler):
         error = (location.exp() - LEAST).clamp(min=0)
         all_ = TokenSequence.of(self.features(tokens).to(x.dtype), error=error)
         return all_.truncate(enough.int().argmax(1) + 1)
+
+    def _checked_halting(self, epsilon: float | None, confidence: float | None) -> tuple[float, float]:
+        epsilon = self.config.epsilon if epsilon is None else epsilon
+        confidence = self.config.confidence if confidence is None else confidence
+        if not epsilon > 0 or not 0 < confidence < 1:
+            raise ValueError(
+                f"epsilon is positive and confidence between 0 and 1, not {epsilon} and {confidence}"
+            )
+        return epsilon, confidence

@@ -46,6 +46,15 @@ class Pyramid:
         unexplained = whole - torch.cat(explained, 1)[:, : self.k].cumsum(1)
         return torch.cat(cells, 1)[:, : self.k], unexplained.clamp(min=0) / x[0].numel()
 
+    def finest(self, device: torch.device) -> Tensor:
+        """The last of the cells that each place belongs to: (N,)."""
+        found = torch.zeros(self.grid[0] * self.grid[1], dtype=torch.long, device=device)
+        first = 0
+        for member, places, _ in _levels(*self.grid, self.k, device):
+            found = torch.where(member + first < self.k, member + first, found)
+            first += len(places)
+        return found
+
     def draft(self, cells: Tensor, valid: Tensor) -> Tensor:
         """The features that cells (B, k, D) tell of, where valid (B, k): (B, N, D), in their dtype."""
         out = cells.new_zeros(len(cells), self.grid[0] * self.grid[1], cells.shape[2])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Grid, LearnedModule
+
+HEADS = ("num_heads", "num_attention_heads", "heads")
+OUT = ("out_proj", "o_proj", "projection_layer")
 
 
 class AttentionReplacement(LearnedModule):
@@ -19,8 +22,18 @@ class AttentionReplacement(LearnedModule):
     attention that is replaced and sets what is new so that it adds nothing.
     """
 
+    one_grid: ClassVar[bool] = False  # made for one grid, the option `window`
+
     def start_from(self, attention: HostAttention | nn.Module) -> None:
         """Raises ValueError for an attention of another width or number of heads."""
+        raise NotImplementedError
+
+    def fits(self, grid: Grid) -> None:
+        """Raises ValueError for a grid that it cannot attend on."""
+
+    def flops(self, grid: Grid) -> int:
+        """Operations for one picture of a grid: 2 m n k for each product of matrices, which is the convention
+        of torch's FlopCounterMode; folding, norms and softmaxes are not counted."""
         raise NotImplementedError
 
     def _host(self, attention: HostAttention | nn.Module, width: int, heads: int) -> HostAttention:
@@ -48,29 +61,41 @@ class HostAttention(NamedTuple):
 
     @classmethod
     def of(cls, attention: nn.Module) -> HostAttention:
-        """From transformers' CLIP and SigLIP (q_proj, k_proj, v_proj, out_proj), from `nn.MultiheadAttention`
-        and `vtc.transformer.Attention` (in_proj_weight, out_proj), or from timm (qkv, proj).
+        """From transformers' vision towers (q_proj, k_proj, v_proj, and out_proj as in CLIP, o_proj as in ViT
+        or projection_layer as in InternViT), from `nn.MultiheadAttention` and `vtc.transformer.Attention`
+        (in_proj_weight, out_proj), or from timm (qkv, proj).
 
-        Raises ValueError for another module.
+        Raises ValueError for another module, and for one that does more than to project and attend: that
+        normalises queries, keys or what was attended to, or gates it.
         """
-        heads = next(
-            (getattr(attention, name) for name in ("num_heads", "heads") if _has(attention, name)), 0
-        )
-        if _has(attention, "q_proj", "k_proj", "v_proj", "out_proj"):
-            parts = [_linear(getattr(attention, f"{name}_proj")) for name in "qkv"]
+        name = type(attention).__name__
+        heads = next((getattr(attention, name) for name in HEADS if _has(attention, name)), 0)
+        last = next((name for name in OUT if _has(attention, name)), "")
+        read = ("q_proj", "k_proj", "v_proj", last)
+        if last and _has(attention, *read):
+            parts = [_linear(getattr(attention, name)) for name in read[:3]]
             qkv, bias = (torch.cat(both) for both in zip(*parts, strict=True))
-            out = attention.out_proj
-        elif _has(attention, "in_proj_weight", "out_proj"):
-            qkv, out = attention.in_proj_weight.detach(), attention.out_proj
+        elif _has(attention, *(read := ("in_proj_weight", "out_proj"))):
+            qkv, read = attention.in_proj_weight.detach(), (*read, "in_proj_bias")
             bias = qkv.new_zeros(len(qkv)) if attention.in_proj_bias is None else attention.in_proj_bias
-        elif _has(attention, "qkv", "proj"):
-            (qkv, bias), out = _linear(attention.qkv), attention.proj
+        elif _has(attention, *(read := ("qkv", "proj"))):
+            qkv, bias = _linear(attention.qkv)
         else:
             heads = 0
         if not heads:
             raise ValueError(
-                f"no query, key, value and output projections were found in a {type(attention).__name__}: "
-                "give a HostAttention"
+                f"no query, key, value and output projections were found in a {name}: give a HostAttention"
+            )
+        if more := _more(attention, read):
+            raise ValueError(
+                f"a {name} does more than to project and attend, which no replacement takes over: it has "
+                f"{', '.join(more)}"
+            )
+        out = getattr(attention, "proj" if "proj" in read else last)
+        if qkv.shape != (3 * out.out_features, out.out_features):
+            raise ValueError(
+                f"queries, keys and values of a {name} are not as wide as its tokens: {tuple(qkv.shape)} for "
+                f"tokens of {out.out_features}"
             )
         return cls(heads, qkv, bias.detach(), *_linear(out))
 
@@ -79,6 +104,20 @@ class HostAttention(NamedTuple):
         for name, there in options.items():
             if not there and bool(self.qkv_bias.any()):
                 raise ValueError(f"the attention to start from has biases: make the module with {name}=True")
+
+
+def _more(attention: nn.Module, read: tuple[str, ...]) -> list[str]:
+    """What has a part in an attention beside the projections that are read."""
+    idle = (nn.Identity, nn.Dropout)
+    modules = [name for name, part in attention.named_children() if not isinstance(part, idle)]
+    parameters = [name for name, _ in attention.named_parameters(recurse=False)]
+    return [name for name in (*modules, *parameters) if name not in read]
+
+
+def attention_flops(tokens: int, width: int, keys: int | None = None) -> int:
+    """Operations of a self-attention of some tokens, projections included; where each sees only a few keys,
+    of as many."""
+    return 8 * tokens * width**2 + 4 * tokens * (tokens if keys is None else keys) * width
 
 
 def _has(module: nn.Module, *names: str) -> bool:

@@ -7,13 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tokens import Reduction
 from ..transformer import blocks, initialise, run
 from .base import Grid, Resampler, register_module
+from .in_encoder import BetweenBlocks
 from .reading import positions
 
 
-class Selector(Resampler):
-    """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`."""
+class Selector(BetweenBlocks, Resampler):
+    """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`.
+
+    No gradient reaches the scores through the tokens that stay: each kind has losses of its own.
+    """
+
+    any_number = True
 
     @property
     def out_width(self) -> int:
@@ -23,6 +30,7 @@ class Selector(Resampler):
         """How much each token should stay: (B, N) float32, the same order as the probability to stay."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def select(self, x: Tensor, grid: Grid, k: int) -> Tensor:
         """The k tokens with the highest scores, row by row: (B, k)."""
         best = self.scores(x, grid).sort(dim=1, descending=True, stable=True).indices
@@ -30,6 +38,9 @@ class Selector(Resampler):
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         return gather(x, self.select(x, grid, self.checked(x, grid, k, levels)))
+
+    def reduction(self, x: Tensor, grid: Grid, k: int, levels: Sequence[Tensor] = ()) -> Reduction:
+        return Reduction.select(self.select(x, grid, self.checked(x, grid, k, levels)), x.shape[1])
 
 
 @register_module
@@ -159,6 +170,8 @@ class LearnedScorer(Selector):
     """
 
     name = "learned-scorer"
+    whole_grid = False
+    schedule = "staged"
     paper = "arXiv:2106.02034"
     weights = "MIT"
     prefixes = ("score_predictor.0.",)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..transformer import initialise
 from .base import Grid, LearnedModule, Resampler, register_module, square
+from .in_encoder import BetweenBlocks
 from .replacement import check_grid
 from .semantic_blocks import POOLS, SemanticAttentionBlock, SemanticBlock, check_area, semantic_grid
 
@@ -49,7 +50,7 @@ class _Semantic(nn.Module):
 
 
 @register_module
-class SemanticTokens(Resampler, _Semantic):
+class SemanticTokens(BetweenBlocks, Resampler, _Semantic):
     """Semantic tokens as the image's tokens (STViT, arXiv:2303.08685): pooled tokens of windows read what is
     around them, then all of the image.
 

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from ..transformer import initialise
 from .base import Grid, Resampler, register_module, square
+from .in_encoder import BetweenBlocks
 from .replacement import (
     AttentionReplacement,
     HostAttention,
     as_map,
     as_tokens,
+    attention_flops,
     check_grid,
     check_heads,
     put,
@@ -119,6 +121,19 @@ class SuperTokenAttention(AttentionReplacement):
         host.check(qkv_bias=self.config.qkv_bias)
         self.stoken_refine.start_from(host)
 
+    def flops(self, grid: Grid) -> int:
+        c = self.config
+        cells = math.prod(-(-side // by) for side, by in zip(grid, c.cell, strict=True))
+        kinds = {
+            "attention": attention_flops(c.prefix + cells, c.width),
+            "conv": 4 * cells * c.width**2 + 50 * cells * c.width,
+            "none": 0,
+        }
+        if tuple(c.cell) == (1, 1):
+            return kinds[c.refine]
+        # each round shares out and gathers, and what was found is scattered: nine places for each token
+        return kinds[c.refine] + (2 * c.rounds + 1) * 18 * cells * math.prod(c.cell) * c.width
+
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, prefix + N, width), and the same shape out."""
         c = self.config
@@ -143,7 +158,7 @@ class SuperTokenAttention(AttentionReplacement):
 
 
 @register_module
-class SuperTokens(Resampler):
+class SuperTokens(BetweenBlocks, Resampler):
     """Super tokens as the image's tokens: soft superpixels that then attend to each other (arXiv:2211.11167).
 
     The sampling of SViT without the way back, which is not in the paper. Starts as the sampling alone, which

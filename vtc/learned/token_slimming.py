@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tokens import Reduction
 from ..transformer import initialise
 from .base import Grid, LearnedModule, Resampler, register_module
+from .in_encoder import BetweenBlocks
 from .mlp import Mlp
 
 
 @register_module
-class TokenSlimming(Resampler):
+class TokenSlimming(BetweenBlocks, Resampler):
     """The token slimming module of SiT (arXiv:2111.12624): each token out is a mean of all tokens, with
     weights that every token gives itself by a small network and that sum to 1.
 
@@ -27,6 +29,7 @@ class TokenSlimming(Resampler):
 
     name = "token-slimming"
     paper = "arXiv:2111.12624"
+    whole_grid = False
 
     @dataclass(frozen=True)
     class Config:
@@ -67,6 +70,13 @@ class TokenSlimming(Resampler):
         first, x = x[:, :prefix], x[:, prefix:]
         return torch.cat([first, self.weights_of(x).transpose(1, 2) @ x], 1)
 
+    def reduction(self, x: Tensor, grid: Grid, k: int, levels: Sequence[Tensor] = ()) -> Reduction:
+        """The same tokens as mixtures, each in the place of the token that it has most of."""
+        self.checked(x, grid, k, levels)
+        mix = self.weights_of(x).transpose(1, 2)  # (B, tokens, N)
+        index, source = _places(mix.detach())
+        return Reduction(index, source, mix=mix)
+
     def weights_of(self, x: Tensor) -> Tensor:
         """(B, N, tokens), which sum to 1 over the N."""
         return (self.weight(x) * self.scale).softmax(1)
@@ -95,6 +105,20 @@ class TokenSlimming(Resampler):
         self.weight[3].weight.copy_(solved)
         nn.init.zeros_(self.weight[3].bias)  # adds the same to all tokens in, which the softmax takes off
         nn.init.ones_(self.scale)
+
+
+def _places(mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of mixtures (B, K, N) the place of each, (B, K), all different: the token it has most of, those that
+    have most of one first; and for each token the mixture that has most of it, (B, N)."""
+    rows = torch.arange(len(mix), device=mix.device)
+    free = torch.ones_like(mix[:, 0], dtype=torch.bool)
+    index = torch.zeros_like(mix[:, :, 0], dtype=torch.long)
+    for slot in mix.amax(2).argsort(dim=1, descending=True, stable=True).unbind(1):  # (B,)
+        best = mix[rows, slot].masked_fill(~free, -1).argmax(1)
+        index[rows, slot] = best
+        free[rows, best] = False
+    slots = torch.arange(mix.shape[1], device=mix.device).expand_as(index)
+    return index, mix.argmax(1).scatter(1, index, slots)
 
 
 @register_module

@@ -59,6 +59,7 @@ class EncoderStage:
         self.restore, self.carry, self.shown = restore, carry, shown
         self.depth = depth or len(trunk.blocks)
         self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
+        self.learned = method.module is not None  # gradients flow through what it makes
         self.keep = self.check(keep)
         self.sites = [Site(self, number, block) for number, block in enumerate(trunk.blocks)]
         self._consumers = consumers(self)
@@ -67,9 +68,15 @@ class EncoderStage:
         self.finished: Passage | None = None
         self._clear()
 
-    def check(self, keep: Budget) -> Budget:
-        keep = check_budget(keep)
-        left = counts(keep, self.schedule, 10_000, self.depth)  # refuses blocks that do not exist
+    def check(self, keep: Budget | None) -> Budget | None:
+        if keep is None and self.method.module.any_number:
+            raise ValueError(
+                f"'{self.method.name}' makes any number of tokens: give it a budget, like keep=0.25"
+            )
+        keep = None if keep is None else check_budget(keep)
+        # refuses blocks that do not exist
+        left = counts(0.5 if keep is None else keep, self.schedule, 10_000, self.depth)
+        self._check_blocks(left)
         if self.method.whole_grid and len({10_000, *left}) > 2:
             raise ValueError(
                 f"'{self.method.name}' works on the whole grid, so it reduces tokens in one block only: give "
@@ -77,12 +84,21 @@ class EncoderStage:
             )
         return keep
 
+    def _check_blocks(self, left: tuple[int, ...]) -> None:
+        own = self.method.blocks if self.learned else None
+        found = [block for block in range(self.depth) if left[block] < (left[block - 1] if block else 10_000)]
+        if own is not None and (others := sorted(set(found) - set(own))):
+            raise ValueError(
+                f"'{self.method.name}' was made for blocks {', '.join(map(str, own))}, not for {others}: "
+                "leave schedule out, and name its blocks where keep is a budget by block"
+            )
+
     @property
     def settings(self) -> dict[str, Any]:
         by_block = isinstance(self.keep, (list, dict))
         schedule = None if by_block else self.schedule
-        told = {"keep": self.keep, "schedule": schedule, "restore": self.restore, "carry": self.carry}
-        return {name: value for name, value in told.items() if value is not None}
+        told = {"schedule": schedule, "restore": self.restore, "carry": self.carry}
+        return {"keep": self.keep, **{name: value for name, value in told.items() if value is not None}}
 
     def install(self) -> None:
         setattr(self.trunk.tower, STAGE, self)
@@ -135,7 +151,8 @@ class EncoderStage:
         """Pictures by size, of which each has n patches with its padding."""
         groups = []
         for grid in dict.fromkeys(grids):
-            left = counts(self.keep, self.schedule, grid[0] * grid[1], self.depth)
+            keep = self.method.budget(grid) if self.keep is None else self.keep
+            left = counts(keep, self.schedule, grid[0] * grid[1], self.depth)
             left += left[-1:] * (len(self.sites) - self.depth)
             rows = [row for row, other in enumerate(grids) if other == grid]
             everyone = len(rows) == len(grids) and grid[0] * grid[1] == n
@@ -182,7 +199,7 @@ class EncoderStage:
             return Reduction.select(none, x.shape[1])
         state = passage.state(block)
         tokens = Tokens(
-            x.detach(),
+            x if self.learned else x.detach(),
             grid=passage.groups[0].grid,
             place=None if state is None else state.index,
             size=size,
@@ -203,9 +220,12 @@ class EncoderStage:
         return Ragged.of(passage.groups, reductions, x.shape[1])
 
     def _ask(self, tokens: Tokens, k: int) -> Reduction:
-        # Scores are what they are, whatever precision the model's own products have.
-        with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
+        if self.learned:
             reduction = self.method.reduce(tokens, k)
+        else:
+            # Scores are what they are, whatever precision the model's own products have.
+            with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
+                reduction = self.method.reduce(tokens, k)
         counted = (tokens.layer, tokens.n, k)
         # What is in it is looked at once, since a GPU would have to wait.
         check_reduction(self.method.name, reduction, tokens, k, contents=counted not in self._checked)
@@ -361,6 +381,8 @@ def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None)
             f"{type(trunk.tower).__name__} has its own forward_features(), which may pool tokens: give "
             "restore='unmerge', and it finds all patches"
         )
+    if method.module is not None:
+        _check_width(trunk, method)
     if carry and trunk.family.rope:
         raise ValueError(f"carry='gap' adds tokens that have no place, but {trunk.name} turns keys by places")
     kinds = {need.name for need in method.needs}
@@ -375,3 +397,13 @@ def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None)
         )
     if (kinds or method.proportional) and (reason := refusal(trunk.blocks[0].attention)):
         raise ValueError(f"method '{method.name}' cannot run in {trunk.name}: it needs {reason}")
+
+
+def _check_width(trunk: Trunk, method: Method) -> None:
+    read, made = method.module.in_width, method.module.out_width
+    width = trunk.blocks[0].norm1.weight.numel()
+    if (read, made) != (width, width):
+        raise ValueError(
+            f"'{method.name}' makes tokens of {made} numbers of {read}, and those in {trunk.name} have "
+            f"{width}: make it with that width"
+        )

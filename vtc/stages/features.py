@@ -21,15 +21,18 @@ from ..record import Record
 from ..restoring import Nearest
 from ..threads import ByThread
 from ..tokens import Keep, check_keep, fraction_of_scores
+from .adapted import Adapted
 from .evidence import Evidence, around
 from .fields import items, join, put
+from .fit import check_fit
 from .late import LateProjector
+from .levels import Found, Levels
 from .projection import Projection
 from .prompt import Prompt
 from .readers import Reader
 from .reducer import Reducer
 from .resolution import LowResolution
-from .rows import Row, assemble, rows_of, whole, whole_rows
+from .rows import Extras, Row, assemble, rows_of, whole, whole_rows
 from .shorten import Shortening
 from .source import TowerSource
 from .wraps import Wraps
@@ -45,11 +48,13 @@ class FeaturesStage:
         self,
         vision: Vision,
         method: Method,
-        keep: Keep,
+        keep: Keep | None,
         positions: str,
         allocate: Allocation,
         merge: Nearest | None = None,
     ):
+        if method.module is not None:
+            check_fit(vision, method.module)
         self.vision, self.method = vision, method
         self.positions, self.allocate, self.merge = positions, allocate, merge
         self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
@@ -64,15 +69,20 @@ class FeaturesStage:
         self.shortening = Shortening(vision, repack=positions == "repack", merge=merge)
         self.resolution = LowResolution(vision, self) if method.lowers_resolution else None
         self.source = TowerSource(vision, method.source, self) if method.source is not None else None
+        layers = () if method.module is None else method.module.layers
+        self.levels = Levels(vision, layers, method.name) if layers else None
+        self.adapted = Adapted(vision, method.module) if getattr(method.module, "adapter", None) else None
         self.late = LateProjector(vision.projector) if vision.host.late else None
         reader = Reader(vision.reader) if vision.reader else None
         parts = [*self._captures(), self.shortening, self.late, reader, self.resolution]
-        parts += [self.prompt, self.projection, self.source]
+        parts += [self.prompt, self.projection, self.source, self.levels, self.adapted]
         self._parts = [part for part in parts if part]  # what puts hooks onto the model
         self.keep = self.check(keep)
 
-    def check(self, keep: Keep) -> Keep:
-        """The budget, or an error that says why it cannot be one here."""
+    def check(self, keep: Keep | None) -> Keep | None:
+        """The budget, or an error that says why it cannot be one here. None is one for modules alone."""
+        if keep is None and self.method.module is not None:
+            return None
         if self.resolution:
             self.resolution.check(keep)
         if self.source:
@@ -152,7 +162,8 @@ class FeaturesStage:
         with ExitStack() as stack:
             attention = stack.enter_context(source.capture.recording())
             projected = stack.enter_context(self.projection.recording()) if self.projection else []
-            yield Recorded(attention, projected)
+            levels = stack.enter_context(self.levels.recording()) if self.levels else {}
+            yield Recorded(attention, projected, levels)
 
     def _refuse_changes(self, base: nn.Module) -> None:
         """Raises RuntimeError for what was done to the model since install() and leaves hooks behind."""
@@ -206,13 +217,21 @@ class FeaturesStage:
             if vision is not None:
                 recorded.single = self.projection.single(recorded.projected, layouts)
         evidence = recorded and Evidence(recorded.attention, layouts, features, vision)
-        rows = self._rows(layouts, evidence)
+        levels = self.levels.of(recorded.levels, layouts) if recorded and self.levels else None
+        rows = self._rows(layouts, evidence, levels)
+        module = self.method.module if recorded else None
         for row in rows:
             row.in_front = bool(recorded and recorded.single and recorded.single[row.image])
+            if module is not None:
+                row.anew, row.in_front = (
+                    True,
+                    vision is not None and (row.in_front or module.place == "instead"),
+                )
         reducer = Reducer(self, features, width, recorded)
         if recorded:
             reducer.choose(rows)
-        if all(row.k == row.n for row in rows) and sum(row.n for row in rows) == sum(i.n for i in layouts):
+        complete = all(row.k == row.n for row in rows)
+        if complete and module is None and sum(row.n for row in rows) == sum(i.n for i in layouts):
             return list(features), [whole(f, layout) for f, layout in zip(features, layouts)]
         if bool(torch.cat([f[:, 0] for f in features]).isnan().any()):
             raise RuntimeError(
@@ -226,7 +245,9 @@ class FeaturesStage:
         ]
         return [feature for feature, _ in results], [record for _, record in results]
 
-    def _rows(self, layouts: list[Layout], evidence: Evidence | None) -> list[Row]:
+    def _rows(
+        self, layouts: list[Layout], evidence: Evidence | None, levels: list[list[Tensor]] | None
+    ) -> list[Row]:
         if evidence is None:
             return whole_rows(layouts)
         needs = self.method.needs
@@ -237,7 +258,15 @@ class FeaturesStage:
             found = evidence.of(self.allocate.needs, image)
             return [Part(tile, extras) for tile, extras in zip(layouts[image].tiles, found)]
 
-        return rows_of(layouts, self.keep, self.allocate, parts, lambda image: evidence.of(needs, image))
+        def extras(image: int) -> list[Extras]:
+            found = evidence.of(needs, image)
+            for own, states in zip(found, levels[image] if levels else ()):
+                own["levels"] = states
+            return found
+
+        module = self.method.module
+        most = None if module is None else lambda grid: module.counts_for(grid)[-1]
+        return rows_of(layouts, self.keep, self.allocate, parts, extras, most)
 
 
 @dataclass
@@ -246,12 +275,14 @@ class Recorded:
 
     attention  of the encoder
     projected  what the projector was given
+    levels     what left some blocks of the encoder
     single     for each image whether its tokens can be reduced in front of it
     texts      for each image the prompt around it (T, D), and which of it is behind the image (T,)
     """
 
     attention: Recording
     projected: list[tuple[Tensor, int]]
+    levels: Found = field(default_factory=dict)
     single: list[bool] = field(default_factory=list)
     texts: list[tuple[Tensor, Tensor]] | None = None
 

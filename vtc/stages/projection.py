@@ -51,7 +51,7 @@ class Projection:
         that looks at several, and nothing behind it that blends what it made."""
         tokens = sum(tokens for _, tokens in calls)
         alone = bool(calls) and all(given.shape[:-1].numel() == tokens for given, tokens in calls)
-        alone = alone and _token_by_token(self.projector)
+        alone = alone and token_by_token(self.projector)
         before = tokens == sum(own.length for own in layouts)  # patches were joined before
         return [alone and (before or not _joined([own])) for own in layouts]
 
@@ -98,7 +98,7 @@ def _joined(layouts: list[Layout]) -> bool:
     return any(bool((patches != patches[:, :1]).any()) for patches in every)
 
 
-def _token_by_token(projector: nn.Module) -> bool:
+def token_by_token(projector: nn.Module) -> bool:
     """Whether all that has weights in a module is a linear layer or a norm."""
     for module in projector.modules():
         own = next(module.parameters(recurse=False), None) is not None

@@ -43,34 +43,70 @@ class Reducer:
     def _reduce(self, group: list[Row]) -> None:
         """Rows of one grid and one budget: the method sees them as one batch."""
         x, k = self._stack(group), group[0].k  # (R, n, D and more)
-        if k == group[0].n:
+        if k == group[0].n and not group[0].anew:
             every = torch.arange(k, device=x.device).expand(len(group), k)
             reduction, new = Reduction.select(every, k), x
         else:
-            tokens = self._tokens(group)
-            # Scores are what they are, whatever precision the model's own products have.
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                reduction = self.method.reduce(tokens, k)
-                check_reduction(self.method.name, reduction, tokens, k)
-                projected = not reduction.pruned and self._in_front(group)
-                if self.stage.merge:
-                    features = replace(tokens, x=x[..., : self.width].detach())
-                    reduction = self.stage.merge.extend(features, reduction.ascending())
+            reduction = self._made(group, k) if self.method.module is None else self._learned(group, k)
             if not (reduction.ordered and self.stage.positions == "repack"):
                 reduction = reduction.ascending()
-            if projected:
-                merged = self.stage.projection.project(reduction.apply(self._vision(group)))
-                others = reduction.apply(x[..., self.width :])
-                new = torch.cat([merged.to(x.dtype), others], dim=-1)  # (R, k, D and more)
-            else:
-                new = reduction.apply(x)
+            new = self._new(group, x, reduction)
             reduction = reduction.ascending()
         for i, row in enumerate(group):
             row.index, row.source, row.new = reduction.index[i], reduction.source[i], new[i]
 
-    def _tokens(self, group: list[Row]) -> Tokens:
+    def _made(self, group: list[Row], k: int) -> Reduction:
+        """What a method says, and what becomes of the tokens it drops."""
+        tokens = self._tokens(group)
+        # Scores are what they are, whatever precision the model's own products have.
+        with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
+            reduction = self.method.reduce(tokens, k)
+            check_reduction(self.method.name, reduction, tokens, k)
+            if self.stage.merge:
+                features = replace(tokens, x=self._stack(group)[..., : self.width].detach())
+                reduction = self.stage.merge.extend(features, reduction.ascending())
+        return reduction
+
+    def _learned(self, group: list[Row], k: int) -> Reduction:
+        """What a module makes, with gradients and in the precision of all that is around."""
+        if not group[0].in_front and self.method.module.place == "instead":
+            raise ValueError(
+                f"'{self.method.name}' takes the place of a projector, and which of the features that this "
+                f"one is given belong to a token of {self.stage.vision.host.name} is not known"
+            )
+        module, width = self.method.module, self.width
+        if not group[0].in_front and module.in_width != width:
+            raise ValueError(
+                f"here {self.stage.vision.host.name}'s projector does not work token by token, so that "
+                f"'{self.method.name}' works behind it, where a token has {width} numbers and not "
+                f"{module.in_width}: make it with in_width={width}"
+            )
+        tokens = self._tokens(group, learned=True)
+        reduction = self.method.reduce(tokens, k)
+        check_reduction(self.method.name, reduction, tokens, k, contents=False)
+        return reduction
+
+    def _new(self, group: list[Row], x: Tensor, reduction: Reduction) -> Tensor:
+        """The tokens that go on: x (R, n, D and more) -> (R, k, D and more)."""
+        if reduction.new is None and (reduction.pruned or not self._in_front(group)):
+            return reduction.apply(x)
+        if self._in_front(group):
+            own = reduction.apply(self._vision(group))  # (R, k, D')
+            if getattr(self.method.module, "place", "before") == "before":
+                own = self.stage.projection.project(own)
+        else:
+            own = reduction.apply(x[..., : self.width])
+        if x.shape[-1] == self.width:
+            return own.to(x.dtype)
+        if reduction.new is not None:  # which tells nothing of further features of the same tokens
+            source = _nearest(reduction.index, group[0].tile.grid)
+            reduction = Reduction(reduction.index, source)
+        return torch.cat([own.to(x.dtype), reduction.apply(x[..., self.width :])], dim=-1)
+
+    def _tokens(self, group: list[Row], learned: bool = False) -> Tokens:
+        """learned: with gradients."""
         x = self._vision(group) if self._in_front(group) else self._stack(group)[..., : self.width]
-        x = x.detach()
+        x = x if learned else x.detach()
         tokens = Tokens(
             x,
             grid=group[0].tile.grid,
@@ -79,7 +115,8 @@ class Reducer:
             thumbnail=torch.tensor([row.tile.thumbnail for row in group], device=x.device),
         )
         for name in group[0].extras:
-            tokens.extras[name] = torch.stack([row.extras[name] for row in group]).to(x.device).detach()
+            own = torch.stack([row.extras[name] for row in group]).to(x.device)
+            tokens.extras[name] = own if learned else own.detach()
         if self.recorded and self.recorded.texts is not None:
             tokens.extras |= _texts([self.recorded.texts[row.image] for row in group], x.device)
         if self.stage.resolution:
@@ -106,8 +143,15 @@ class Reducer:
         return torch.stack([row.extras["vision"] for row in group])
 
     def _in_front(self, group: list[Row]) -> bool:
-        """Whether tokens are reduced in front of the projector."""
+        """Whether the method sees what the projector was given."""
         return self.method.before_projector and group[0].in_front
+
+
+def _nearest(index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For each place of a grid which of the places at index (R, k) is the nearest: (R, N)."""
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=index.device) for side in grid), indexing="ij")
+    places = torch.stack([rows.flatten(), columns.flatten()], -1).float()  # (N, 2)
+    return torch.cdist(places.expand(len(index), -1, -1), places[index]).argmin(2)
 
 
 def _texts(texts: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
@@ -133,6 +177,8 @@ def check_reduction(name: str, reduction: Any, tokens: Tokens, k: int, contents:
         wrong = f"combine={reduction.combine!r}, which is none of {', '.join(COMBINE)}"
     elif reduction.mix is not None and reduction.mix.shape != (rows, k, n):
         wrong = f"mix of shape {tuple(reduction.mix.shape)} where {(rows, k, n)} was due"
+    elif reduction.new is not None and reduction.new.shape[:2] != (rows, k):
+        wrong = f"new of shape {tuple(reduction.new.shape)} where {(rows, k)} tokens were due"
     elif contents:
         index, source = reduction.index, reduction.source
         slots = torch.arange(k, device=index.device)

@@ -13,6 +13,7 @@ from ..hosts.host import Layout
 from ..record import Record, Tile
 from ..tokens import Keep, count_kept
 
+Grid = tuple[int, int]  # rows, columns
 Extras = dict[str, Tensor]  # of one tile's tokens, by the names of needs: (layers, n, ...), or (n, ...)
 
 
@@ -26,7 +27,8 @@ class Row:
     tile: Tile
     patches: Tensor | None  # (n, m)
     k: int
-    in_front: bool = False  # whether it can be reduced in front of the projector
+    anew: bool = False  # whether its tokens are others than before even where all stay
+    in_front: bool = False  # whether the method is given what the projector was given
     extras: Extras = field(default_factory=dict)
     index: Tensor | None = None  # (k,) positions in the tile, ascending
     source: Tensor | None = None  # (n,)
@@ -39,19 +41,27 @@ class Row:
 
 def rows_of(
     layouts: list[Layout],
-    keep: Keep,
+    keep: Keep | None,
     allocation: Allocation,
     parts: Callable[[int], list[Part]],
     extras: Callable[[int], list[Extras]],
+    most: Callable[[Grid], int] | None = None,
 ) -> list[Row]:
     """Each image's tiles, grouped and given budgets by the allocation; tiles that it leaves out are dropped.
 
     parts   an image's tiles as the allocation sees them
     extras  what the method needs of each tile of an image
+    most    the budget of a tile by its grid, where keep is None
     """
     rows = []
     for image, layout in enumerate(layouts):
-        k, own = count_kept(keep, layout.n), extras(image)
+        own = extras(image)
+        if keep is None:
+            lot = lots_of(layout.pixels[None])[0]
+            budgets = [most(tile.grid) for tile in layout.tiles]
+            rows += [_row(image, lot + tile, layout, [tile], k, own) for tile, k in enumerate(budgets)]
+            continue
+        k = count_kept(keep, layout.n)
         single = [([0], k)] if len(layout.tiles) == 1 else None
         lot = lots_of(layout.pixels[None])[0]
         groups = single or _checked(allocation.split(parts(image), k), layout, k, allocation.name)
@@ -107,11 +117,15 @@ def lots_of(pictures: Tensor) -> Tensor:
 
 
 def assemble(feature: Tensor, layout: Layout, rows: list[Row]) -> tuple[Tensor, Record]:
-    """Puts an image's kept tokens in their places and marks all others, newline tokens among them."""
-    if rows and all(row.k == row.n for row in rows) and sum(row.n for row in rows) == layout.n:
-        return feature, whole(feature, layout)
+    """Puts an image's kept tokens in their places and marks all others, newline tokens among them. Where all
+    patch tokens stay, or as many are made, the others do too."""
     kept = [row for row in rows if row.k]
+    complete = rows and all(row.k == row.n for row in rows) and sum(row.n for row in rows) == layout.n
+    if complete and not any(row.anew for row in rows):
+        return feature, whole(feature, layout)
     places = torch.cat([row.tile.slots[row.index] for row in kept])  # (K,)
+    if complete:
+        return feature.index_copy(0, places, torch.cat([row.new for row in kept])), whole(feature, layout)
     marked = torch.full_like(feature, float("nan")).index_copy(
         0, places, torch.cat([row.new for row in kept])
     )

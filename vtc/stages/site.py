@@ -256,12 +256,22 @@ class Site:
         size = None if state is None else state.size
         if size is None:
             size = torch.ones(x.shape[:2], device=x.device)
-        if self.number not in passage.states:
-            start = time.perf_counter()
-            reduction = self.stage.reduce(self.number, passage, x, size, visit.extras)
-            passage.take(self.number, reduction, size)
-            self.stage.spent += time.perf_counter() - start
-        return passage.states[self.number].reduction, size
+        known = passage.states.get(self.number)
+        if known is not None and not self.stage.learned:
+            return known.reduction, size
+        # What is learned is made once more where a backward runs the block again: it is a part of the graph.
+        start = time.perf_counter()
+        reduction = self.stage.reduce(self.number, passage, x, size, visit.extras)
+        if known is None:
+            state = passage.take(self.number, reduction, size)
+            state.reduction = _bare(reduction) if self.stage.learned else reduction
+        self.stage.spent += time.perf_counter() - start
+        return reduction, size
+
+
+def _bare(reduction: Reduction) -> Reduction:
+    """Without the tokens made, which hold the graph of a forward that is over."""
+    return Reduction(reduction.index, reduction.source, spread=reduction.spread, pruned=reduction.pruned)
 
 
 def _masks(args: tuple, kwargs: dict) -> bool:

@@ -33,6 +33,7 @@ class CAbstractor(Resampler):
     paper = "arXiv:2312.06742"
     weights = "CC-BY-NC-4.0"
     prefixes = ("model.abstractor.", "abstractor.")
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -85,6 +86,10 @@ class CAbstractor(Resampler):
 
     def counts_for(self, grid: Grid) -> tuple[int, ...]:
         return self.counts(min(grid) ** 2)
+
+    def shape(self, grid: Grid, k: int) -> Grid | None:
+        side = math.isqrt(k - self.config.eos_tokens)
+        return None if self.config.eos_tokens else (side, side)
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         c, k = self.config, self.checked(x, grid, k, levels)

@@ -29,6 +29,7 @@ class LDPv2(Resampler):
     paper = "arXiv:2402.03766"
     weights = "Apache-2.0"
     prefixes = ("model.mm_projector.", "mm_projector.")
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -60,6 +61,9 @@ class LDPv2(Resampler):
         if not fitting:
             raise ValueError(f"no shape of {self.config.shapes} fits into a grid of {grid[0]} x {grid[1]}")
         return tuple(sorted(fitting))
+
+    def shape(self, grid: Grid, k: int) -> Grid:
+        return self.by_count[k]
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         k = self.checked(x, grid, k, levels)

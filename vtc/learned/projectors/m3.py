@@ -27,6 +27,7 @@ class NestedPool(Resampler):
 
     name = "m3"
     paper = "arXiv:2405.17430"
+    place = "behind"
 
     @dataclass(frozen=True)
     class Config:

@@ -37,6 +37,7 @@ class MatryoshkaQueries(Resampler):
     weights = "Apache-2.0"
     prefixes = ("model.mm_projector.", "mm_projector.")
     ordered = True
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -81,6 +82,12 @@ class MatryoshkaQueries(Resampler):
         v = v.unflatten(2, (self.config.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         out = self.pooling(grid, k, keys) @ v  # (B, heads, k, d)
         return self.attn.out_proj(out.transpose(1, 2).flatten(2)) @ self.proj
+
+    @torch.no_grad()
+    def owners(self, x: Tensor, grid: Grid, k: int) -> Tensor:
+        """The query that takes most from a place."""
+        weights = self.pooling(grid, k, x if self.config.content_keys else None).mean(1)  # (1 or B, k, N)
+        return weights.argmax(1).expand(len(x), -1)
 
     def pooling(self, grid: Grid, k: int, x: Tensor | None = None) -> Tensor:
         """How much each of k queries takes from each place, for each head: (1, heads, k, N).

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ...transformer import initialise
@@ -36,6 +37,7 @@ class PixelUnshuffle(Resampler):
         "mlp1.", "model.multi_modal_projector.", "multi_modal_projector.",
         "model.connector.modality_projection.", "connector.modality_projection.",
     )  # fmt: skip
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -84,6 +86,13 @@ class PixelUnshuffle(Resampler):
     def counts_for(self, grid: Grid) -> tuple[int, ...]:
         rows, columns = (-(-side // self.config.ratio) for side in grid)
         return (rows * columns,)
+
+    def owners(self, x: Tensor, grid: Grid, k: int) -> Tensor:
+        ratio, transposed = self.config.ratio, self.config.transposed
+        row, column = (torch.arange(side) // ratio for side in grid)
+        high, wide = (-(-side // ratio) for side in grid)
+        cells = column * high + row[:, None] if transposed else row[:, None] * wide + column
+        return cells.flatten().expand(len(x), -1)
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         self.checked(x, grid, k, levels)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ...transformer import initialise
@@ -44,6 +45,7 @@ class TokenShuffle(Resampler):
 
     name = "token-shuffle"
     paper = "arXiv:2504.17789"
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -72,6 +74,11 @@ class TokenShuffle(Resampler):
     def counts_for(self, grid: Grid) -> tuple[int, ...]:
         rows, columns = (-(-side // self.config.window) for side in grid)
         return (rows * columns,)
+
+    def owners(self, x: Tensor, grid: Grid, k: int) -> Tensor:
+        row, column = (torch.arange(side) // self.config.window for side in grid)
+        cells = row[:, None] * -(-grid[1] // self.config.window) + column
+        return cells.flatten().expand(len(x), -1)
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         self.checked(x, grid, k, levels)

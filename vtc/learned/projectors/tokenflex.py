@@ -52,6 +52,7 @@ class TokenFlex(Resampler):
     paper = "arXiv:2504.03154"
     weights = "Apache-2.0"
     prefixes = ("projector.",)
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:
@@ -82,6 +83,9 @@ class TokenFlex(Resampler):
 
     def counts_for(self, grid: Grid) -> Sequence[int]:
         return self.counts(min(grid) ** 2 if self.config.resize else grid[0] * grid[1])
+
+    def shape(self, grid: Grid, k: int) -> Grid | None:
+        return (math.isqrt(k), math.isqrt(k)) if self.config.resize else None
 
     def draw(self, grid: Grid, generator: torch.Generator | None = None) -> int:
         c, counts = self.config, self.counts_for(grid)

@@ -34,6 +34,7 @@ class TokenPacker(Resampler):
     paper = "arXiv:2407.02392"
     weights = "Apache-2.0 by its pyproject.toml; the repository has no licence file"
     prefixes = ("model.mm_projector.", "mm_projector.")
+    place = "instead"
 
     @dataclass(frozen=True)
     class Config:

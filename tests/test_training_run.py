@@ -1,0 +1,305 @@
+"""Whole trainings of a few steps: what they leave behind, how they go on, and how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from small import small_model, write_task
+from training import DISTILL, FEATURES, LENGTH, ORDERED, save_host, settings, write_questions
+
+import vtc
+from vtc import cli
+from vtc.learned import from_pretrained
+from vtc.training import objectives, run, train, trainer
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return save_host(tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture
+def make(host, questions, tmp_path):
+    """A configuration with these stages, into a folder of this name."""
+    return lambda *stages, into="out", **more: settings(host, questions, tmp_path / into, *stages, **more)
+
+
+def report(config):
+    return json.loads((run.Path(config["output"]) / "train.json").read_text())
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logged(config, stage):
+    folder = run.Path(config["output"]) / "checkpoints" / stage
+    history = json.loads((trainer.last_checkpoint(folder) / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    "stage, rate", [(FEATURES, 3e-3), (DISTILL, 1e-2), (LENGTH, 1e-2)], ids=lambda value: str(value)[:20]
+)
+def test_every_kind_of_stage_lowers_its_loss(make, stage, rate):
+    how = {"steps": 40, "batch_size": 6, "learning_rate": rate, "logging_steps": 1}
+    how |= {"counts": [4]} if stage is DISTILL else {}
+    config = make({**stage, **how})
+    train(config)
+    losses = logged(config, f"1-{stage['kind']}")
+    assert len(losses) == 40
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    assert last < 0.85 * first
+
+
+def test_what_a_training_leaves_behind(make, host, capsys):
+    config = make(FEATURES, DISTILL, LENGTH)
+    module = train(config)
+    told = report(config)
+    out = capsys.readouterr().out
+    assert "ordered: 1-features" in out and "2-distill" in out and f"saved in {config['output']}" in out
+    assert told["finished"] and told["pictures"] == 6 and told["processes"] == 1
+    assert told["config"]["module"] == ORDERED and told["versions"]["torch"] == torch.__version__
+    assert list(told["stages"]) == ["1-features", "2-distill", "3-length"]
+    for stage in told["stages"].values():
+        assert stage["minutes"] > 0 and stage["steps"] == 4 and stage["last"]["loss"] > 0
+    assert told["seconds"] == pytest.approx(60 * sum(s["minutes"] for s in told["stages"].values()), abs=0.1)
+    assert set(told["stages"]["2-distill"]["last"]) == {"loss", "kl", "ce", "step"}
+    assert same(from_pretrained(config["output"]), module) and not module.training
+    assert float(module.std.std()) > 0  # it was calibrated
+    model = small_model()
+    with vtc.compress(model, config["output"], keep=4) as handle:  # of this host
+        assert "ordered" in handle.describe()
+    other = small_model(seed=1)
+    with pytest.raises(ValueError, match="was trained on"):
+        vtc.compress(other, config["output"], keep=4)
+
+
+def test_checkpoints_are_folders_of_the_module(make):
+    config = make({**DISTILL, "save_steps": 2})
+    train(config)
+    folder = run.Path(config["output"]) / "checkpoints" / "1-distill"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    for checkpoint in folder.glob("checkpoint-*"):
+        weights = checkpoint / "model.safetensors"
+        assert weights.stat().st_size < 200_000  # no weight of the host is in it
+        with vtc.compress(small_model(), checkpoint, keep=4):
+            pass
+    assert same(from_pretrained(folder / "checkpoint-4"), from_pretrained(config["output"]))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step):
+    """As if the process ended in the middle of a step."""
+    compute = trainer.ModuleTrainer.compute_loss
+
+    def stopping(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Stop
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.ModuleTrainer, "compute_loss", stopping)
+
+
+@pytest.mark.parametrize("stage", ["features", "distill"])
+def test_a_training_that_is_resumed_ends_with_the_same_weights(make, monkeypatch, stage):
+    stages = [
+        {**FEATURES, "steps": 5, "batch_size": 2, "save_steps": 2},
+        {**DISTILL, "steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2},
+    ]
+    expected = train(make(*stages, into="unbroken"))
+    config = make(*stages)
+    with monkeypatch.context() as patch:
+        if stage == "distill":
+            patch.setattr(run, "summary", None)
+            patch.setitem(objectives.OBJECTIVES, "distill", Broken)
+        else:
+            stop_at(patch, 3)
+        with pytest.raises(Stop):
+            train(config)
+    assert not (run.Path(config["output"]) / "model.safetensors").exists()
+    found = train(config, resume=True)
+    assert same(found, expected) and report(config)["finished"]
+    again = train(config, resume=True)  # nothing is left to do
+    assert same(again, expected)
+
+
+class Broken(objectives.Distill):
+    def losses(self, batch):
+        if self.step == 3 and self.micro == 1:
+            raise Stop
+        return super().losses(batch)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(make, monkeypatch):
+    config = make({**FEATURES, "steps": 5, "save_steps": 2})
+    expected = train(make({**FEATURES, "steps": 5, "save_steps": 2}, into="unbroken"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Stop):
+            train(config)
+    folder = run.Path(config["output"]) / "checkpoints" / "1-features"
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"half')
+    assert trainer.last_checkpoint(folder).name == "checkpoint-2"
+    assert same(train(config, resume=True), expected)
+
+
+def test_a_module_goes_on_from_a_folder(make):
+    first = train(make(FEATURES, into="first"))
+    config = make({**FEATURES, "learning_rate": 0.0}, module={"from": make(into="first")["output"]})
+    assert same(train(config), first)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_precision(make, precision):
+    module = train(make(FEATURES, DISTILL, precision=precision))
+    assert module.dtype == torch.float32 and all(p.isfinite().all() for p in module.parameters())
+
+
+def test_accuracy_of_the_validation_data(make, tmp_path, capsys):
+    data = {"train": make()["data"]["train"], "validation": f"jsonl:{write_task(tmp_path)}"}
+    config = make({**DISTILL, "evaluate": 2}, data=data)
+    train(config)
+    told = report(config)
+    assert list(told["accuracy"]) == ["full", "1", "4", "16"] and told["accuracy"]["full"] == 1.0
+    assert list(told["stages"]["1-distill"]["accuracy"]) == ["2"]
+    out = capsys.readouterr().out
+    assert "1-distill, step 2: full 100.0%, 1 " in out and "right answers by tokens: full 100.0%" in out
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_no_number(make, monkeypatch):
+    config = make({**FEATURES, "steps": 5, "save_steps": 2})
+    training_loss = objectives.OnFeatures.of
+
+    def broken(self, *args):
+        found = training_loss(self, *args)
+        return {name: value * float("nan") for name, value in found.items()} if self.step == 3 else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives.OnFeatures, "of", broken)
+        with pytest.raises(RuntimeError) as error:
+            train(config)
+    text = str(error.value)
+    assert "the loss is nan at step 4 of stage 1-features" in text and "checkpoint-2" in text
+    folder = run.Path(config["output"]) / "checkpoints" / "1-features"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert all(p.isfinite().all() for p in from_pretrained(folder / "checkpoint-2").parameters())
+    assert same(train(config, resume=True), train(make({**FEATURES, "steps": 5, "save_steps": 2}, into="b")))
+
+
+def test_a_gradient_that_is_no_number(make, monkeypatch):
+    training_loss = objectives.OnFeatures.of
+
+    def broken(self, *args):
+        found = training_loss(self, *args)
+        root = (self.module.registers * 0).sum().sqrt()  # 0, with a gradient that is none
+        return {name: value + root for name, value in found.items()}
+
+    monkeypatch.setattr(objectives.OnFeatures, "of", broken)
+    with pytest.raises(RuntimeError, match="the gradient is nan at step 1 .*no checkpoint of this stage yet"):
+        train(make(FEATURES))
+
+
+def test_an_output_folder_in_use(make):
+    train(make(FEATURES))
+    with pytest.raises(ValueError, match="holds a training with this configuration: go on with --resume"):
+        train(make(FEATURES))
+    with pytest.raises(ValueError, match="with another configuration"):
+        train(make(FEATURES, LENGTH))
+    with pytest.raises(ValueError, match="another module: choose another output"):
+        train(make(FEATURES, module={**ORDERED, "tokens": 8}), resume=True)
+    train(make(FEATURES, LENGTH), resume=True)  # a stage more
+    assert list(report(make())["stages"]) == ["1-features", "2-length"]
+
+
+def test_nothing_to_go_on_with(make, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds no training to go on with"):
+        train(make(FEATURES), resume=True)
+
+
+@pytest.mark.parametrize(
+    "module, stage, told",
+    [
+        (
+            {"name": "mqt", "heads": 2},
+            FEATURES,
+            "mqt has no training_loss, which stage 1-features makes small",
+        ),
+        ({"name": "mqt", "heads": 2}, LENGTH, "mqt has no halting_loss"),
+        ({"name": "agent-attention"}, DISTILL, "agent-attention makes no fewer tokens"),
+        ({"name": "orderd"}, DISTILL, "there is no module 'orderd'"),
+        ({**ORDERED, "token": 3}, DISTILL, "ordered has no option 'token'"),
+        ({**ORDERED, "in_width": 48}, DISTILL, "48"),
+        (ORDERED, {**DISTILL, "counts": [1, 17]}, "not 17"),
+        (ORDERED, {**DISTILL, "optim": "best"}, "stage 1-distill: .*best"),
+    ],
+)
+def test_what_cannot_be_trained(make, module, stage, told):
+    with pytest.raises(ValueError, match=told):
+        train(make(stage, module=module))
+
+
+def test_a_module_of_another_host(make, tmp_path):
+    train(make(FEATURES))
+    other = small_model(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    from small import small_processor
+
+    small_processor().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained on"):
+        train(make(FEATURES, into="b", model=str(tmp_path / "other"), module={"from": make()["output"]}))
+
+
+def test_widths_are_the_host_s(make):
+    module = train(make({**DISTILL, "counts": [4, 9]}, module={"name": "mqt", "heads": 2, "tokens": 16}))
+    assert (module.config.in_width, module.config.out_width) == (32, 32)
+
+
+# From the command line
+
+
+def test_the_command(make, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(make(FEATURES)))))
+    assert cli.main(["train", str(tmp_path / "config.yaml"), "--set", "stages.0.steps=3"]) == 0
+    assert report(make())["stages"]["1-features"]["steps"] == 3
+    assert cli.main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "config.yaml"), "--set", "stages.0.kind=all"]) == 2
+    assert "stages.0.kind is one of features, distill, length" in capsys.readouterr().err
+
+
+def test_two_processes(make, tmp_path):
+    config = make({**DISTILL, "batch_size": 1, "save_steps": 2})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    command = [*launch, "-m", "vtc.cli", "train", str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved in") == 1
+    told = report(config)
+    assert told["processes"] == 2 and told["finished"]
+    # What both did together is what one does with both halves of each batch.
+    alone = make({**DISTILL, "batch_size": 2, "save_steps": 2}, into="alone")
+    a, b = from_pretrained(config["output"]), train(alone)
+    for name, value in a.state_dict().items():
+        torch.testing.assert_close(value, b.state_dict()[name], rtol=1e-2, atol=2e-3)

@@ -1,0 +1,64 @@
+"""Features of pictures as a module in a host is given them, without running the language model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..api import compress
+from ..evaluation.prompts import place
+from ..hosts import features_owner
+from ..learned.base import Grid
+from ..method import Need, Select
+from ..tokens import Tokens
+
+
+@dataclass
+class Probe(Select):
+    """Notes what tokens are made of, and what they are: (R, N, D'), (R, N, D), of each call and grid."""
+
+    found: list[tuple[Tensor, Tensor, Grid]] = field(default_factory=list, repr=False)
+
+    name = "probe"
+    stages = ("features",)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("vision"),)
+
+    def select(self, tokens: Tokens, k: int) -> Tensor:
+        self.found.append((tokens.vision, tokens.x, tokens.grid))
+        return torch.arange(k, device=tokens.x.device).expand(len(tokens.x), -1)
+
+
+class Features:
+    """The features of a host in front of its projector, until `remove()`; behind it where `behind`."""
+
+    def __init__(self, model: nn.Module, behind: bool = False):
+        self.model, self.behind = model, behind
+        self.owner, self.probe = features_owner(model), Probe()
+        self.names = inspect.signature(self.owner.get_image_features).parameters
+        self.handle = compress(model, self.probe, keep=1)
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+    @torch.no_grad()
+    def __call__(self, vision: dict[str, Tensor]) -> list[tuple[Tensor, Grid]]:
+        """Of pictures as the host's processor makes them: (R, N, D) and the grid of N, for each grid among
+        pictures, tiles and frames."""
+        return [(found[self.behind], found[2]) for found in self.both(vision)]
+
+    @torch.no_grad()
+    def both(self, vision: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Grid]]:
+        """In front of the projector and behind it."""
+        self.probe.found.clear()
+        vision = place(vision, self.model)
+        given = {name: value for name, value in vision.items() if name in self.names}
+        self.owner.get_image_features(**given, return_dict=True)
+        found = [*self.probe.found]
+        self.probe.found.clear()
+        return found

@@ -1,0 +1,290 @@
+"""A whole training: the stages of a configuration, one after the other, each a run of `Trainer`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost import versions
+from ..learned import Resampler
+from .config import Config, Stage, read_config
+
+REPORT = "train.json"
+
+
+def train(
+    config: str | Path | dict[str, Any] | Config, settings: Iterable[str] = (), resume: bool = False
+) -> Resampler:
+    """Trains a module in a frozen host, and saves it.
+
+    config    a YAML file, a dict of the same form, or a `Config`; see there for the keys
+    settings  "key=value" that replace some of it
+    resume    goes on where a training into the same folder stopped, from its last checkpoint
+
+    Afterwards the folder `output` holds config.json and model.safetensors, for `vtc.compress(model, output)`,
+    and train.json: the configuration, versions, minutes and losses by stage, accuracies. Stages are in
+    output/checkpoints; each checkpoint is a folder of the module, too.
+
+    Runs on one device, or on several where it is started by `accelerate launch`.
+    Raises ValueError for a configuration that cannot be, data that is empty or cannot be read, a module that
+    is of another host or has nothing that a stage makes small, and an output folder that is in use;
+    RuntimeError where a loss is no number, which leaves the last checkpoint as it was.
+    """
+    try:
+        import accelerate
+    except ImportError as error:
+        raise ImportError(
+            "training needs accelerate and more: pip install 'vision-token-compression[train]'"
+        ) from error
+    training = _Training(read_config(config, settings), resume)
+    try:
+        return training.run()
+    finally:  # what is run later may use another precision
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class _Training:
+    def __init__(self, config: Config, resume: bool):
+        from .trainer import arguments_of
+
+        self.config, self.resume = config, resume
+        self.output = Path(config.output)
+        self.report = self._opened()
+        stages = zip(config.stages, config.names())
+        self.arguments = [arguments_of(config, stage, name) for stage, name in stages]
+        self.first = self.arguments[0].process_index == 0
+
+    # The output folder
+
+    def _opened(self) -> dict[str, Any]:
+        """What train.json says, of a training that is to go on; ValueError for a folder that is in use."""
+        file = self.output / REPORT
+        shown = json.loads(json.dumps(self.config.shown()))
+        if not file.is_file():
+            if self.resume and self.output.exists() and any(self.output.iterdir()):
+                raise ValueError(f"{self.output} holds no training to go on with: there is no {REPORT}")
+            return {"config": shown, "stages": {}}
+        report = json.loads(file.read_text())
+        if not self.resume:
+            same = "this" if report["config"] == shown else "another"
+            raise ValueError(
+                f"{self.output} holds a training with {same} configuration: go on with --resume, or choose "
+                "another output"
+            )
+        changed = [name for name in ("model", "module") if report["config"][name] != shown[name]]
+        if changed:
+            raise ValueError(
+                f"{self.output} holds a training with another {' and '.join(changed)}: choose another output"
+            )
+        return report | {"config": shown}
+
+    def write(self) -> None:
+        if self.first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            draft = self.output / f".{REPORT}"
+            draft.write_text(json.dumps(self.report, indent=2) + "\n")
+            draft.replace(self.output / REPORT)
+
+    # The run
+
+    def run(self) -> Resampler:
+        from ..ask import load_model
+        from .accuracy import validation
+        from .batches import Looked
+        from .modules import calibrate, make_module, widths
+        from .pictures import training_pictures
+
+        config = self.config
+        self.model, self.processor = load_model(config.model, device=self.arguments[0].device)
+        self.model.requires_grad_(False)
+        with self.arguments[0].main_process_first(local=False):
+            self.pictures = training_pictures(config.data)
+        self.batches = validation(self.processor, config.data)
+        look = Looked(self.processor, self.pictures, config.data.skip_broken)
+        self.found = widths(self.model, self._looked(look, 1)[0])
+        self.module = make_module(config, self.found, self.model)
+        self.module.to(self.model.device)
+        self._check_host()
+        self._check_stages()
+        if "name" in config.module:
+            calibrate(self.module, self.model, self._looked(look))
+        self.report |= {"versions": versions(), "pictures": len(self.pictures), "finished": False}
+        self.report["processes"] = self.arguments[0].world_size
+        self.write()
+        for number in range(len(config.stages)):
+            self._stage(number)
+        return self._finish()
+
+    def _looked(self, look: Any, n: int | None = None) -> list[dict[str, torch.Tensor]]:
+        from .batches import Visit
+        from .modules import CALIBRATED
+
+        numbers = range(min(n or CALIBRATED, len(self.pictures)))
+        parts = [numbers[start : start + 32] for start in numbers[::32]]
+        return [look([Visit(number) for number in part])["vision"] for part in parts]
+
+    def _check_host(self) -> None:
+        """Raises ValueError where `compress` refuses the module."""
+        from ..api import compress
+
+        counts = self.module.counts_for(self.found.grid)
+        compress(self.model, self.module, keep=counts[-1]).remove()
+        self.module.trained_on(self.model)  # checkpoints know it too
+
+    def _check_stages(self) -> None:
+        for number in range(len(self.config.stages)):
+            self._objective(number)
+
+    def _objective(self, number: int) -> Any:
+        from .objectives import OBJECTIVES
+
+        stage = self.config.stages[number]
+        more = {"grid": self.found.grid} if stage.kind == "distill" else {}
+        seed = (self.config.seed, number)
+        return OBJECTIVES[stage.kind](self.module, self.model, stage, seed, **more)
+
+    def _stage(self, number: int) -> None:
+        from .forms import check_form
+        from .trainer import (
+            Bar,
+            Every,
+            ModuleTrainer,
+            OnSave,
+            ProgressCallback,
+            Steps,
+            last_checkpoint,
+            load_weights,
+        )
+
+        stage, name = self.config.stages[number], self.config.names()[number]
+        arguments = self.arguments[number]
+        folder = Path(arguments.output_dir)
+        told = self.report["stages"].setdefault(name, {"minutes": 0.0})
+        if told.get("done"):
+            load_weights(self.module, folder / "module")
+            return
+        objective = self._objective(number)
+        items, collate = self._data(stage, objective)
+        if len(items) < stage.batch_size * arguments.world_size:
+            arguments.dataloader_drop_last = False
+        trainer = ModuleTrainer(objective, arguments, data_collator=collate, train_dataset=items, name=name)
+        before, start = told["minutes"], time.perf_counter()
+
+        def note() -> None:
+            told["minutes"] = round(before + (time.perf_counter() - start) / 60, 3)
+            self.write()
+
+        trainer.remove_callback(ProgressCallback)
+        for callback in (Bar(name), Steps(trainer), OnSave(note)):
+            trainer.add_callback(callback)
+        if stage.evaluate and self.batches:
+            trainer.add_callback(Every(stage.evaluate, lambda step: self._evaluate(objective, name, step)))
+        last = last_checkpoint(folder) if self.resume else None
+        objective.attach()
+        try:
+            if stage.kind == "distill":
+                check_form(objective, collate, items)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            objective.detach()
+        note()
+        history = [row for row in trainer.state.log_history if "loss" in row]
+        told |= {
+            "steps": stage.steps,
+            "first": _losses(history[0]),
+            "last": _losses(history[-1]),
+            "done": True,
+        }
+        if self.first:
+            self.module.save_pretrained(folder / "module")
+        self.write()
+
+    def _data(self, stage: Stage, objective: Any) -> tuple[list, Any]:
+        from .batches import Asked, Looked, Visit, visits
+
+        data, skip = self.config.data, self.config.data.skip_broken
+        if stage.kind != "distill":
+            return [Visit(i) for i in range(len(self.pictures))], Looked(self.processor, self.pictures, skip)
+        token, end = _image_token(self.model), _end(self.model, self.processor)
+        collate = Asked(self.processor, self.pictures, token, end, skip)
+        return visits(self.pictures, data.questions), collate
+
+    # Afterwards
+
+    def counts(self) -> list[int]:
+        """The numbers of tokens that accuracies are told of."""
+        from .accuracy import spread
+
+        asked = {k for stage in self.config.stages for k in stage.counts}
+        return sorted(asked) or spread(self.module.counts_for(self.found.grid))
+
+    def _accuracy(self) -> dict[str, float]:
+        from .accuracy import accuracy
+
+        return accuracy(self.model, self.module, self.batches, self.counts())
+
+    def _evaluate(self, objective: Any, name: str, step: int) -> None:
+        if not self.first:
+            return
+        objective.detach()
+        try:
+            found = self._accuracy()
+        finally:
+            objective.attach()
+        self.report["stages"][name].setdefault("accuracy", {})[str(step)] = found
+        self.write()
+        print(f"{name}, step {step}: {shown(found)}")
+
+    def _finish(self) -> Resampler:
+        self.module.eval()
+        if self.first:
+            if self.batches is not None:
+                self.report["accuracy"] = self._accuracy()
+            self.module.save_pretrained(self.output)
+            minutes = sum(told["minutes"] for told in self.report["stages"].values())
+            self.report |= {"finished": True, "seconds": round(60 * minutes, 1)}
+            self.write()
+            print(summary(self.module.name, self.report, self.output))
+        return self.module
+
+
+def _losses(row: dict[str, Any]) -> dict[str, float]:
+    other = ("epoch", "learning_rate", "grad_norm")
+    return {
+        name: round(value, 5) if name != "step" else value for name, value in row.items() if name not in other
+    }
+
+
+def shown(accuracies: dict[str, float]) -> str:
+    return ", ".join(f"{k} {share:.1%}" for k, share in accuracies.items())
+
+
+def summary(name: str, report: dict[str, Any], output: Path) -> str:
+    """One line."""
+    stages = report["stages"].items()
+    parts = [f"{stage} {told['first']['loss']:.3g} -> {told['last']['loss']:.3g}" for stage, told in stages]
+    minutes = sum(told["minutes"] for _, told in stages)
+    right = f"; right answers by tokens: {shown(report['accuracy'])}" if "accuracy" in report else ""
+    return f"{name}: {', '.join(parts)}; {minutes:.1f} minutes{right}; saved in {output}"
+
+
+def _image_token(model: nn.Module) -> int | None:
+    """The placeholder of image tokens in a prompt."""
+    names = ("image_token_id", "image_token_index")
+    return next((value for name in names if (value := getattr(model.config, name, None)) is not None), None)
+
+
+def _end(model: nn.Module, processor: Any) -> int:
+    """What ends an answer. Raises ValueError where neither tokenizer nor model say."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    own = processor.tokenizer.eos_token_id
+    if own is None and not ends:
+        raise ValueError("the host's tokenizer has no token that ends an answer: set its eos_token")
+    return own if own in ends or not ends else ends[0]
