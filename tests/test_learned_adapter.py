@@ -1,5 +1,7 @@
 """Low-rank updates of the language model that go along with a module."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny import build as host
@@ -63,6 +65,29 @@ def test_removing_leaves_the_host_as_it_was(adapted):
     assert list(model.state_dict()) == names
     handle.remove()
     assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_it_rests_where_all_tokens_are_kept(adapted):
+    model, inputs, module = adapted
+    before = model(**inputs).logits
+    _stir(module)
+    with vtc.compress(model, module, keep=4) as handle:
+        handle.keep = 1.0
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_a_copy_of_the_host_has_an_adapter_of_its_own(adapted):
+    model, inputs, module = adapted
+    _stir(module)
+    with vtc.compress(model, module, keep=4):
+        wanted = model(**inputs).logits
+        copy = deepcopy(model)
+        for weight in module.adapter.up:
+            weight.zero_()
+        assert torch.equal(copy(**inputs).logits, wanted)
+        assert not torch.equal(model(**inputs).logits, wanted)
 
 
 def test_it_learns_with_the_module(adapted):

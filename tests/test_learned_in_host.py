@@ -267,6 +267,15 @@ def test_gradients_reach_the_encoder_where_it_is_trained():
         assert bool(grads) == trained and all(grad.isfinite().all() for grad in grads)
 
 
+def test_what_inference_has_left_behind_does_not_hinder_training():
+    model, module, inputs = small_model(), made("ordered"), prompt(1)
+    with vtc.compress(model, module, keep=11):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits.square().mean().backward()
+    assert float(module.out_proj.weight.grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize("name", ["ordered", "mqt", "tokenpacker"])
 def test_training_it_lowers_the_loss(name):
     model, module, inputs = small_model(), made(name), prompt()
@@ -363,6 +372,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched():
         (made("ordered"), {"keep": 0}, "would leave no token"),
         (made("ordered"), {"keep": "p:0.9"}, "does not choose by scores"),
         (made("ordered"), {"allocate": "joint"}, "use allocate='proportional'"),
+        (build("token-unshuffle"), {}, "'token-unshuffle' is a module that makes no fewer tokens"),
     ]
     for module, how, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -17,7 +17,8 @@ BEFORE = ["llava-clip", "llava-clip-full", "vipllava", "llava_next-clip", "llava
 INSTEAD = [*BEFORE, "gemma3", "idefics3", "mistral3", "video_llama_3", "paligemma-gemma"]
 BEHIND = [
     *BEFORE, "gemma3", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "granite_docling", "aria",
-    "idefics2", "gemma4", "lfm2_vl", "molmo2", "video_llama_3", "hunyuan_vl", "emu3", "minicpmv4_6", "step3p7",
+    "idefics2", "gemma4", "lfm2_vl", "molmo2", "video_llama_3", "hunyuan_vl", "emu3", "minicpmv4_6",
+    "step3p7",
 ]  # fmt: skip
 VIDEOS = ["llava_onevision", "llava_next_video", "qwen2_vl", "qwen3_vl", "video_llava", "video_llama_3"]
 
@@ -286,6 +287,8 @@ def test_tiles_share_a_budget():
         handle.keep = None
         model(**inputs)
         assert len(handle.last[0].index) == len(record.source)  # newline tokens stay where all others do
+    with pytest.raises(ValueError, match="no budget to share over tiles"):
+        vtc.compress(model, made("ordered"), allocate="uniform")
     with (
         vtc.compress(model, made("m3"), keep=22),
         torch.no_grad(),

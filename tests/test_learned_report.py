@@ -168,6 +168,16 @@ def test_an_error_is_found_for_a_mean_and_refused_for_one_out_of_reach(tmp_path)
         calibrate(module, seen, 30, 20)
 
 
+def test_a_mean_out_of_reach_is_left_out(tmp_path):
+    folder = save(tmp_path / "m", tokens=4)
+    with pytest.warns(UserWarning, match="without a mean of 9: the halting head gives 4.0"):
+        rows = sweep_lengths(
+            small_model(), small_processor(), folder, [9, 2], shuffles=1, n=4, sample=24,
+            output=tmp_path / "rows.jsonl", command="test", progress=False,
+        )  # fmt: skip
+    assert {row["mean"] for row in rows if row["kind"] != "fixed"} == {2}
+
+
 def test_pictures_that_are_the_same_have_no_lengths_of_their_own(tmp_path):
     module, items = learned.load(save(tmp_path / "m")), load_task("scenes", 2).items
     twice = Task("scenes", [items[0], items[1], items[0]])

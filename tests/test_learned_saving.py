@@ -10,9 +10,11 @@ from small import small_model
 from test_learned_in_host import KINDS, made, prompt
 
 import vtc
+from vtc.api import open_model
 from vtc.cli import main
 from vtc.evaluation.scenes import scene
 from vtc.learned import build, from_pretrained, get_module
+from vtc.learned.fingerprint import check_host
 
 
 @pytest.fixture
@@ -125,6 +127,17 @@ def test_training_of_the_language_model_leaves_the_host_what_it_is():
             parameter.mul_(1.5)
     with pytest.raises(ValueError, match="other weights"):
         vtc.compress(model, module, keep=4)
+
+
+def test_an_encoder_by_itself_is_a_host_too():
+    from tiny.encoders import make
+
+    module = made("ordered").trained_on(make("timm-deit"))
+    assert module.host["kind"] == "VisionTransformer" and len(module.host["weights"]) > 3
+    check_host(module, open_model(make("timm-deit")))
+    for other in (make("timm-siglip"), make("timm-deit", seed=1)):
+        with pytest.raises(ValueError, match="trained on a VisionTransformer"):
+            check_host(module, open_model(other))
 
 
 def test_the_hosts_numbers_are_few_and_readable(tmp_path):

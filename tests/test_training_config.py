@@ -70,6 +70,10 @@ def test_settings_replace_what_the_file_says(file):
         ("stages.0.learning_rate=fast", "stages.0.learning_rate is a number, not 'fast'"),
         ("stages.1.counts=[a]", "stages.1.counts is a list of whole numbers"),
         ("stages.1.temperature=0", "temperature is positive"),
+        ("stages.1.muon=0.01", "muon is a positive rate, and has AdamW beside it: leave optim out"),
+        ("stages.0.muon=-1", "muon is a positive rate"),
+        ("adapter={ranks: 3}", "adapter has no 'ranks'; did you mean rank"),
+        ("stages.0={kind: length, steps: 1, errors: x}", "errors is one of features, answers, not 'x'"),
         ("stages.1.full=1", "stages.1.full is true or false, not 1"),
         ("stages.7.steps=1", "there is no '7'; stages are counted from 0"),
         ("steps", "--set takes key=value"),
@@ -85,7 +89,7 @@ def test_wrong_settings_are_told(file, setting, told):
 def test_a_file_that_is_no_configuration(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="holds no settings|is no YAML"):
+    with pytest.raises(ValueError, match=r"holds no settings|is no YAML"):
         read_config(path)
     with pytest.raises(OSError):
         read_config(tmp_path / "other.yaml")

@@ -41,7 +41,7 @@ def test_conversations_of_llava(tmp_path):
     ]  # fmt: skip
     (found,) = load(write_lines(tmp_path, {"image": "0.png", "conversations": turns}))
     assert found.questions == [("what is it ?", "red"), ("how many ?", "two")]
-    with pytest.raises(ValueError, match="task.jsonl:1 .*turns of human and gpt in turn"):
+    with pytest.raises(ValueError, match=r"task.jsonl:1 .*turns of human and gpt in turn"):
         load(write_lines(tmp_path, {"image": "0.png", "conversations": turns[:3]}))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import ENCODER_KEEPS, KEEPS, METHODS, parser
 from .commands_tokenize import detokenize, tokenize, tokenizers
-from .commands_train import train
+from .commands_train import modules, train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -377,7 +377,7 @@ def _one_line(message: object) -> str:
 COMMANDS = {
     "methods": _methods, "hosts": _hosts, "ask": _ask, "draw": _draw, "profile": _profile, "demo": _demo,
     "sweep": _sweep, "report": _report, "tokenizers": tokenizers, "tokenize": tokenize,
-    "detokenize": detokenize, "train": train,
+    "detokenize": detokenize, "modules": modules, "train": train,
 }  # fmt: skip
 
 if __name__ == "__main__":  # accelerate launch -m vtc.cli train CONFIG

@@ -14,6 +14,16 @@ def train(options: argparse.Namespace) -> None:
     run(options.config, options.set, resume=options.resume)
 
 
+def modules(options: argparse.Namespace) -> None:
+    """list the modules with weights"""
+    from .cli import _print_columns
+    from .learned.listing import MEANING, rows
+
+    _print_columns(rows())
+    print()
+    _print_columns(list(MEANING.items()))
+
+
 def arguments_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "config", metavar="CONFIG", help="a YAML file: model, module, output, data and stages"

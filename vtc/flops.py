@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .hosts import Vision
+from .hosts.trunk import REPLACED
 
 
 @dataclass
@@ -142,6 +143,8 @@ def _head_dim(text: Any) -> int:
 def _check_parts(vision: Vision) -> None:
     """All that multiplies by matrices must be in one of the parts that are counted."""
     encoders = (vision.encoder, vision.video_encoder)
+    if any(REPLACED in vars(module) for encoder in encoders for module in encoder.tower.modules()):
+        raise ValueError("the formulas know no replacements of attention")
     parts = [encoder.tower for encoder in encoders] + [vision.projector, vision.decoder]
     counted = {module for part in parts if part for module in part.modules()}
     rest = any(module not in counted and _weights(module) for module in vision.base.modules())

@@ -175,8 +175,8 @@ class Board:
 
     @property
     def runs(self) -> list[tuple[str, dict, float | int]]:
-        """(method, options, keep) of every cell in `methods` and `keeps`, with the first of its seeds; without
-        modules, whose tokens are none of the picture's."""
+        """(method, options, keep) of every cell in `methods` and `keeps`, with the first of its seeds. Not
+        of modules, whose tokens are none of the picture's."""
         places = [(method, keep) for keep in self.keeps for method in self.methods]
         firsts = [self.cells[place].rows[0] for place in places if place in self.cells]
         return [(row["method"], row["options"], row["keep"]) for row in firsts if "folder" not in row]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ STEPS = 40
 LEAST, MOST = 1e-4, 1e4  # errors between which one is looked for
 
 
+class OutOfReach(ValueError):
+    """A mean that a halting head does not come near, whatever error is asked for."""
+
+
 @dataclass
 class Seen:
     """What a module is given of the pictures of a task: `lots` (N,) in the order of the items, and `tokens`
@@ -58,7 +63,7 @@ def look(model: nn.Module, batches: Batches, module: Resampler) -> Seen:
     seen: list[Tokens] = []
 
     def count(tokens: Tokens, k: int) -> Tensor:
-        seen.append(tokens)
+        seen.append(replace(tokens, extras={}))
         return torch.full((len(tokens.x),), k)
 
     lots: list[int] = []
@@ -112,7 +117,7 @@ def halting(module: Resampler, epsilon: float) -> Method:
 
 
 def calibrate(module: Resampler, seen: Seen, mean: float, most: int) -> float:
-    """The error to ask for with which pictures have `mean` tokens on average. Raises ValueError for a mean
+    """The error to ask for with which pictures have `mean` tokens on average. Raises OutOfReach for a mean
     that the head does not come near."""
     low, high = np.log(LEAST), np.log(MOST)  # a larger error is reached with fewer tokens
     for _ in range(STEPS):
@@ -122,7 +127,7 @@ def calibrate(module: Resampler, seen: Seen, mean: float, most: int) -> float:
             return float(np.exp(middle))
         low, high = (middle, high) if found > mean else (low, middle)
     if abs(found - mean) > 0.5:
-        raise ValueError(f"the halting head gives {found:.1f} tokens where {mean} are wanted on average")
+        raise OutOfReach(f"the halting head gives {found:.1f} tokens where {mean} are wanted on average")
     return float(np.exp(middle))
 
 
@@ -135,7 +140,8 @@ def sweep_lengths(
     For each of `means` the halting head is asked for the error that comes to it on `sample` scenes of the
     validation split. Rows are of kind "halting", with the lengths it then chose; "shuffled", with the same
     lengths dealt by chance, one of each of so many seeds; "fixed", all pictures with the mean, to a whole
-    token. Raises RuntimeError where a run does not have the lengths that were meant for it.
+    token. A mean out of the head's reach is left out with a warning. Raises RuntimeError where a run does not
+    have the lengths that were meant for it.
     """
     module, identity = load(folder), identify(model)
     tasks = {split: load_task("scenes", size, split) for split, size in (("validation", sample), ("test", n))}
@@ -175,7 +181,11 @@ def sweep_lengths(
                 row = answers(model, batches, halting(module, epsilon), most)
                 return chosen | _checked(row, np.array(chosen["lengths"]))
 
-            own = add({"kind": "halting", "mean": mean}, halting_row)["lengths"]
+            try:
+                own = add({"kind": "halting", "mean": mean}, halting_row)["lengths"]
+            except OutOfReach as error:
+                warnings.warn(f"{folder} runs without a mean of {mean}: {error}", stacklevel=2)
+                continue
             for seed in range(shuffles):
                 what = {"kind": "shuffled", "mean": mean, "seed": seed}
                 add(what, lambda own=own, seed=seed: asked(dealt(own, seed)))

@@ -51,7 +51,8 @@ def write_report(found: list[Board], out: str | Path, exhibits: list[list[Exhibi
 
 
 def update_readme(path: str | Path, found: list[Board]) -> list[str]:
-    """Fills the parts results, hard, varying, encoders, methods, hosts and tokenizers of a Markdown file, as
+    """Fills the parts results, hard, varying, encoders, methods, hosts, tokenizers and modules of a
+    Markdown file, as
     fill_parts() does.
 
     Boards of questions are for the first three, those of classes for encoders; without any a part stays.
@@ -61,7 +62,8 @@ def update_readme(path: str | Path, found: list[Board]) -> list[str]:
     blocks = {name: partial(block, asked) for name, block in parts.items()}
     if classes:
         blocks["encoders"] = partial(encoders_block, classes)
-    registered = {"methods": methods_table, "hosts": hosts_table, "tokenizers": tokenizers_table}
+    registered = {"methods": methods_table, "hosts": hosts_table}
+    registered |= {"tokenizers": tokenizers_table, "modules": modules_table}
     return fill_parts(path, {**blocks, **registered})
 
 
@@ -136,9 +138,20 @@ def tokenizers_table() -> str:
     """All systems of the registry, and what the columns mean."""
     from ..tokenizers.listing import MEANING, rows
 
-    heading, *systems = rows()
-    meaning = "; ".join(f"*{column}*: {what}" for column, what in MEANING.items())
-    table = [heading, *([f"`{name}`", *rest[:-1], rest[-1].rstrip(".")] for name, *rest in systems)]
+    return _listed(rows(), MEANING)
+
+
+def modules_table() -> str:
+    """All modules with weights, and what the columns mean."""
+    from ..learned.listing import MEANING, rows
+
+    return _listed(rows(), MEANING)
+
+
+def _listed(rows: list[tuple[str, ...]], meanings: dict[str, str]) -> str:
+    heading, *known = rows
+    meaning = "; ".join(f"*{column}*: {what}" for column, what in meanings.items())
+    table = [heading, *([f"`{name}`", *rest[:-1], rest[-1].rstrip(".")] for name, *rest in known)]
     return f"{tables.markdown(table, 'l' * len(heading))}\n\n{meaning}."
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .structure import ATTENTION_NAMES, extra_tokens
 
 STAGE = "_vtc_encoder"  # where an encoder knows what reduces its tokens, also inside of a larger model
+REPLACED = "_vtc_attention"  # where an attention module knows what stands in for it
 NORM1 = ("norm1", "layer_norm1", "layernorm_before", "ln_1")
 NORM2 = ("norm2", "layer_norm2", "layernorm_after", "ln_2")
 

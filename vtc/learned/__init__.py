@@ -9,9 +9,11 @@ from .base import (
     list_modules,
     register_module,
 )
+from .in_tower import ReplacedAttention
 
 __all__ = [
     "LearnedModule",
+    "ReplacedAttention",
     "Resampler",
     "build",
     "from_pretrained",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -65,18 +65,28 @@ class Adapter(nn.Module):
                     f"which {type(decoder).__name__} has not: use it with the host that it was trained on"
                 )
 
-    def install(self, decoder: nn.Module) -> None:
+    def install(self, decoder: nn.Module, resting: Callable[[], bool] = lambda: False) -> None:
+        """resting: tells at every call whether nothing is to be added."""
         modules = dict(decoder.named_modules())
         for number, name in enumerate(self.layers):
             # A bound method, so that a deep copy of a host with this in it has weights of its own.
-            self._hooks.append(modules[name].register_forward_hook(partial(self._add, number)))
+            self._hooks.append(modules[name].register_forward_hook(partial(self._add, number, resting)))
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _add(self, number: int, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _add(
+        self,
+        number: int,
+        resting: Callable[[], bool],
+        layer: nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
+    ) -> Tensor:
+        if resting():
+            return output
         down, up = self.down[number], self.up[number]
         more = F.linear(F.linear(args[0].to(down.dtype), down), up)
         return output + (self.alpha / self.rank * more).to(output.dtype)

@@ -61,11 +61,11 @@ def _kind(opened: Vision | Trunk) -> str:
 
 
 def _widths(opened: Vision | Trunk) -> dict[str, int]:
-    """How many numbers a token has: in the encoder's blocks, and in the language model."""
+    """How many numbers a token has: in the encoder, where that is told, and in the language model."""
     tower, widths = (opened.encoder.tower, {}) if hasattr(opened, "encoder") else (opened.tower, {})
-    last = next((p for p in reversed([*tower.parameters()]) if p.dim() == 1), None)
-    if last is not None:
-        widths["vision"] = len(last)
+    width = getattr(getattr(tower, "config", None), "hidden_size", getattr(tower, "embed_dim", None))
+    if isinstance(width, int):
+        widths["vision"] = width
     if hasattr(opened, "base"):
         widths["text"] = opened.base.config.get_text_config().hidden_size
     return widths

@@ -58,6 +58,7 @@ def pool(x: Tensor, grid: tuple[int, int], k: int) -> Tensor:
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)  # what is kept here may be needed in training later
 def spread(grid: tuple[int, int], k: int, shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """k places spread over a grid, row by row: (k,), each in the middle of its cell, and the cell that each
     token is in: (N,). Cells are those of a grid of this shape, or of `pool`, and share no tokens."""

@@ -67,6 +67,8 @@ class OrderedResampler(Resampler):
         drop       how many tokens are kept in training: the kind of a `DropSchedule`, with `levels`
         cosine     how much 1 - cos counts beside smooth L1
         epsilon    what `halt` allows where nothing is asked for, with probability `confidence`
+        error      what the halting head was taught: "features", the decoder's error; "answers", how far the
+                   host's answers from those with all tokens, in nats for each of their words
         """
 
         in_width: int = 1024
@@ -86,6 +88,7 @@ class OrderedResampler(Resampler):
         cosine: float = 1.0
         epsilon: float = 0.3
         confidence: float = 0.5
+        error: str = "features"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -234,11 +237,15 @@ class OrderedResampler(Resampler):
         told = self.halting(torch.cat([self.ln_halting(hidden), known.to(hidden)], -1)).float()
         return known[..., 0] + told[..., 0], F.softplus(told[..., 1]) + 0.05
 
-    def halting_loss(self, x: Tensor, grid: Grid, lengths: Tensor) -> Tensor:
-        """How unlikely the halting head finds the errors at `lengths` (B, m); nothing else learns from it."""
+    def halting_loss(self, x: Tensor, grid: Grid, lengths: Tensor, error: Tensor | None = None) -> Tensor:
+        """How unlikely the halting head finds the errors at `lengths` (B, m); nothing else learns from it.
+
+        error: (B, m) what the tokens are wrong by; None: by what the decoder makes of them.
+        """
         with torch.no_grad():
             tokens, hidden, left = self.read(x, grid, int(lengths.max()))
-            error = self._errors(tokens, self.units(x), grid, lengths)
+            if error is None:
+                error = self._errors(tokens, self.units(x), grid, lengths)
         location, scale = (part.gather(1, lengths) for part in self._after(hidden, left))
         distance = ((error + LEAST).log() - location) / scale
         # negative log-likelihood of a logistic distribution

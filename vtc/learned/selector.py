@@ -17,7 +17,8 @@ from .reading import positions
 class Selector(BetweenBlocks, Resampler):
     """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`.
 
-    No gradient reaches the scores through the tokens that stay: each kind has losses of its own.
+    No gradient reaches the scores through the tokens that stay: each kind is trained by losses of its own, on
+    features of an encoder that rests, and then works at any stage.
     """
 
     any_number = True
@@ -161,7 +162,8 @@ class LearnedScorer(Selector):
     stage's is loaded. It reads tokens
     without CLS: half of the channels of each, and the other half averaged over the tokens that are still
     there. In training nothing is removed: `decide` draws a choice, `policy_softmax` keeps others from looking
-    at tokens that went, and `ratio_loss` and `token_distillation` go beside the task's own loss. At inference
+    at tokens that went, and `ratio_loss` and `token_distillation` go beside the task's own loss; that forward with
+    all tokens is the trainer's, not one of `vtc.compress()`, which always removes tokens. At inference
     `forward` keeps the k best, (B, N, D) to (B, k, D).
 
     Departures: where no token is left in an image their average is zero, not NaN; tokens stay in the order of

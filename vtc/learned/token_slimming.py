@@ -24,7 +24,8 @@ class TokenSlimming(BetweenBlocks, Resampler):
 
     Fresh, all tokens out are about the mean of the tokens in. `start_from` some features fits the last layer
     so that they start as means of blocks of the grid, as near as features tell where they are from. The
-    official code has no such start: it trains the encoder along.
+    official code has no such start: it trains the encoder along, with `ReverseSlimming` and
+    `slimming_distillation`.
     """
 
     name = "token-slimming"
@@ -83,28 +84,58 @@ class TokenSlimming(BetweenBlocks, Resampler):
 
     @torch.no_grad()
     def start_from(
-        self, features: Tensor, grid: Grid, size: Grid, sharpness: float = 10.0, ridge: float = 1e-3
+        self,
+        features: Tensor,
+        grid: Grid,
+        size: Grid,
+        sharpness: float = 10.0,
+        ridge: float = 1e-3,
+        steps: int = 50,
     ) -> None:
-        """Fits the last layer on features (images, N, width) of a grid, for tokens out on a grid of `size`.
+        """Fits the last layer on features (images, N, width) of a grid, for tokens out on a grid of `size`:
+        each is to be the mean of its block.
 
-        By least squares: a token of the block gets the logit `sharpness`, others get 0. ridge: of the fit,
-        by the mean square of the hidden numbers. Raises ValueError for a size that does not have `tokens`.
+        First by least squares, where a token of the block gets the logit `sharpness` and others get 0, then
+        by `steps` of L-BFGS on the cross-entropy of weights and blocks, which is convex. ridge: of the first
+        fit, by the mean square of the hidden numbers. Raises ValueError for a size that does not have
+        `tokens`.
         """
         if size[0] * size[1] != self.config.tokens or size[0] > grid[0] or size[1] > grid[1]:
             raise ValueError(f"{self.config.tokens} tokens on a grid of {grid} are not {size[0]} x {size[1]}")
         self.checked(features, grid)
         owner = torch.arange(size[0] * size[1], device=features.device).reshape(1, 1, *size).float()
         owner = F.interpolate(owner, grid, mode="nearest").long().flatten()  # (N,)
-        wanted = sharpness * F.one_hot(owner, self.config.tokens).double()  # (N, tokens)
-        hidden = self.weight[:3](features.to(self.scale)).double().flatten(0, 1)  # (images * N, hidden)
-        wanted = wanted.repeat(len(features), 1)
-        centred = hidden - hidden.mean(0)
+        blocks = F.one_hot(owner, self.config.tokens)  # (N, tokens)
+        hidden = self.weight[:3](features.to(self.scale))  # (images, N, hidden)
+        wanted = sharpness * blocks.double().repeat(len(features), 1)
+        centred = hidden.double().flatten(0, 1)
+        centred = centred - centred.mean(0)
         gram = centred.T @ centred
         gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         solved = torch.linalg.solve(gram, centred.T @ (wanted - wanted.mean(0))).T  # (tokens, hidden)
-        self.weight[3].weight.copy_(solved)
+        shares = blocks / blocks.sum(0)
+        self.weight[3].weight.copy_(_fitted(solved.float(), hidden.float(), shares, steps))
         nn.init.zeros_(self.weight[3].bias)  # adds the same to all tokens in, which the softmax takes off
         nn.init.ones_(self.scale)
+
+
+@torch.enable_grad()
+def _fitted(weight: Tensor, hidden: Tensor, shares: Tensor, steps: int) -> Tensor:
+    """A last layer (tokens, width) whose softmax over tokens of hidden (images, N, width) is nearer to shares
+    (N, tokens), which sum to 1 over the N."""
+    weight = weight.clone().requires_grad_()
+    if not steps:
+        return weight.detach()
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        off = -((hidden @ weight.T).log_softmax(1) * shares).sum(1).mean()
+        off.backward()
+        return off
+
+    optimizer.step(loss)
+    return weight.detach()
 
 
 def _places(mix: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from ..hosts import Vision
+from typing import Any
 
 
 class Adapted:
-    """Raises ValueError where a module's adapter is one of another language model."""
+    """The updates rest where the budget is 1.0, which is the bare model. Raises ValueError where a module's
+    adapter is one of another language model."""
 
-    def __init__(self, vision: Vision, module: nn.Module):
-        self.decoder, self.adapter = vision.decoder, module.adapter
+    def __init__(self, stage: Any):
+        self.stage, self.decoder, self.adapter = stage, stage.vision.decoder, stage.method.module.adapter
         self.adapter.check(self.decoder)
 
     def install(self) -> None:
-        self.adapter.install(self.decoder)
+        self.adapter.install(self.decoder, self._resting)
+
+    def _resting(self) -> bool:
+        return isinstance(self.stage.keep, float) and self.stage.keep == 1
 
     def remove(self) -> None:
         self.adapter.remove()

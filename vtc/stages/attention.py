@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..allocate import Proportional
 from ..hosts import Vision
-from ..hosts.trunk import Trunk, open_trunk
+from ..hosts.trunk import REPLACED, Trunk, open_trunk
 from ..learned.base import Grid
 from ..learned.replacement import HostAttention
 from ..method import get_method
@@ -22,7 +22,6 @@ from .memory import MemoryStage
 if TYPE_CHECKING:
     from ..learned.in_tower import ReplacedAttention
 
-_MARK = "_vtc_attention"  # where an attention module knows what stands in for it
 _MASKS = ("attention_mask", "attn_mask", "key_padding_mask")
 
 
@@ -117,11 +116,11 @@ class _Site:
 
     def install(self) -> None:
         self._before = vars(self.attention).get("forward")
-        setattr(self.attention, _MARK, self)
+        setattr(self.attention, REPLACED, self)
         self.attention.forward = MethodType(_forward, self.attention)
 
     def remove(self) -> None:
-        delattr(self.attention, _MARK)
+        delattr(self.attention, REPLACED)
         if (
             getattr(vars(self.attention).get("forward"), "__func__", None) is _forward
         ):  # else wrapped once more
@@ -153,7 +152,7 @@ class _Site:
 
 
 def _forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    site = getattr(attention, _MARK, None)
+    site = getattr(attention, REPLACED, None)
     if site is None:  # removed, where somebody wrapped this meanwhile
         return type(attention).forward(attention, *args, **kwargs)
     return site.attend(args, kwargs)

@@ -71,7 +71,7 @@ class FeaturesStage:
         self.source = TowerSource(vision, method.source, self) if method.source is not None else None
         layers = () if method.module is None else method.module.layers
         self.levels = Levels(vision, layers, method.name) if layers else None
-        self.adapted = Adapted(vision, method.module) if getattr(method.module, "adapter", None) else None
+        self.adapted = Adapted(self) if getattr(method.module, "adapter", None) else None
         self.late = LateProjector(vision.projector) if vision.host.late else None
         reader = Reader(vision.reader) if vision.reader else None
         parts = [*self._captures(), self.shortening, self.late, reader, self.resolution]
@@ -82,6 +82,8 @@ class FeaturesStage:
     def check(self, keep: Keep | None) -> Keep | None:
         """The budget, or an error that says why it cannot be one here. None is one for modules alone."""
         if keep is None and self.method.module is not None:
+            if self.allocate != get_allocation(self.method.allocate):
+                raise ValueError("without keep there is no budget to share over tiles: leave allocate out")
             return None
         if self.resolution:
             self.resolution.check(keep)

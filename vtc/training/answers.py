@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.prompts import place
+from ..hosts import features_owner
 from .batches import IGNORED
 
 
@@ -42,7 +43,17 @@ class Answers:
         tail = dict(batch["tail"])
         before = batch["prefix"]["attention_mask"][owner]
         mask = torch.cat([before, tail.pop("attention_mask")], 1)  # (R, C + T)
+        tail |= self._positions(before.shape[1], tail["input_ids"], owner)
         return self._logits(where, **tail, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    def _positions(self, start: int, ids: Tensor, owner: Tensor) -> dict[str, Tensor]:
+        """Of text behind a beginning of `start` tokens, where positions have several components: such hosts
+        keep how far text is from where it was counted (P, 1), for as many prompts as they last saw."""
+        apart = getattr(features_owner(self.model), "rope_deltas", None)
+        if apart is None:
+            return {}
+        places = torch.arange(start, start + ids.shape[1], device=ids.device)
+        return {"position_ids": (places + apart.to(ids.device)[owner]).expand(3, *ids.shape)}
 
     def _logits(self, where: Tensor, **inputs: Any) -> Tensor:
         logits = self._run(where, **inputs).logits

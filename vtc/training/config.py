@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("no", "bf16", "fp16")
-OWN = {"features": (), "distill": ("kl", "ce", "temperature", "counts", "full"), "length": ("lengths",)}
+ERRORS = ("features", "answers")
+OWN = {
+    "features": (),
+    "distill": ("kl", "ce", "temperature", "counts", "full"),
+    "length": ("lengths", "errors", "counts"),
+}
 SHARED = ("kind", "steps", "batch_size", "learning_rate", "muon", "evaluate")
 # What else `TrainingArguments` has that a stage cannot say.
 SET_HERE = (
@@ -56,6 +61,8 @@ class Stage:
     temperature  by which both logits are divided in the divergence
     counts       numbers of tokens to draw from; where empty, all that the module makes, by its `draw`
     full         also the most of them in every step
+    errors       length: of "features", what the module's decoder leaves; of "answers", how far they
+                 are from the teacher's
     lengths      drawn for each picture in a step
     arguments    anything else, for transformers' `TrainingArguments`; "warmup" is its warmup_steps
     """
@@ -72,6 +79,7 @@ class Stage:
     counts: tuple[int, ...] = ()
     full: bool = True
     lengths: int = 8
+    errors: str = "features"
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def shown(self) -> dict[str, Any]:
@@ -211,10 +219,14 @@ def _stage(number: int, content: Any) -> Stage:
     if refused := sorted(set(rest) & set(SET_HERE)):
         raise ValueError(f"{where}: {', '.join(refused)} cannot be set here: `vtc train` sets it itself")
     stage = _made(Stage, f"{where}.", own, arguments=rest)
+    if stage.muon is not None and ("optim" in rest or not stage.muon > 0):
+        raise ValueError(f"{where}: muon is a positive rate, and has AdamW beside it: leave optim out")
     least = {"steps": 1, "batch_size": 1, "lengths": 1, "evaluate": 1}
     for name, smallest in least.items():
         if (value := getattr(stage, name)) is not None and value < smallest:
             raise ValueError(f"{where}.{name} is at least {smallest}, not {value}")
+    if stage.errors not in ERRORS:
+        raise ValueError(f"{where}.errors is one of {', '.join(ERRORS)}, not {stage.errors!r}")
     if not (stage.temperature > 0 and stage.kl >= 0 and stage.ce >= 0 and stage.kl + stage.ce > 0):
         raise ValueError(f"{where}: temperature is positive, kl and ce are not negative and not both 0")
     return stage

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 
 from ..api import compress
 from ..evaluation.prompts import place
-from ..hosts import features_owner
+from ..hosts import features_owner, find_host, open_host
+from ..learned import Resampler
 from ..learned.base import Grid
 from ..method import Need, Select
+from ..stages.projection import token_by_token
 from ..tokens import Tokens
 
 
 @dataclass
 class Probe(Select):
-    """Notes what tokens are made of, and what they are: (R, N, D'), (R, N, D), of each call and grid."""
+    """Notes what tokens are made of, and what they are: (R, N, D'), (R, N, D), of each call and grid.
 
+    projected: False where no projector is between the two
+    """
+
+    projected: bool = True
     found: list[tuple[Tensor, Tensor, Grid]] = field(default_factory=list, repr=False)
 
     name = "probe"
@@ -27,11 +33,21 @@ class Probe(Select):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("vision"),)
+        return (Need("vision"),) if self.projected else ()
 
     def select(self, tokens: Tokens, k: int) -> Tensor:
-        self.found.append((tokens.vision, tokens.x, tokens.grid))
+        self.found.append((tokens.vision if self.projected else tokens.x, tokens.x, tokens.grid))
         return torch.arange(k, device=tokens.x.device).expand(len(tokens.x), -1)
+
+
+def behind(model: nn.Module, module: Resampler | type[Resampler]) -> bool:
+    """Whether a module works behind the projector of a host: those in front of it do, too, where it does not
+    work token by token."""
+    if module.place == "before":
+        vision = open_host(model)
+        alone = vision.projector is not None and token_by_token(vision.projector)
+        return not (vision.host.late or (alone and not vision.host.memory))
+    return module.place == "behind"
 
 
 class Features:
@@ -39,7 +55,8 @@ class Features:
 
     def __init__(self, model: nn.Module, behind: bool = False):
         self.model, self.behind = model, behind
-        self.owner, self.probe = features_owner(model), Probe()
+        host = find_host(model)
+        self.owner, self.probe = features_owner(model), Probe(projected=not (host.late or host.memory))
         self.names = inspect.signature(self.owner.get_image_features).parameters
         self.handle = compress(model, self.probe, keep=1)
 

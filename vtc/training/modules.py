@@ -11,7 +11,7 @@ from torch import nn
 from ..learned import Resampler, build, from_pretrained, get_module
 from ..learned.base import Grid
 from .config import Config
-from .features import Features
+from .features import Features, behind
 from .objectives import NEEDED
 
 CALIBRATED = 256  # pictures whose features say in which units a module works
@@ -47,7 +47,7 @@ def make_module(config: Config, found: Widths, model: nn.Module) -> Resampler:
         if not issubclass(cls, Resampler):
             raise ValueError(f"{name} makes no fewer tokens of an image: `vtc train` trains those that do")
         torch.manual_seed(config.seed)
-        module = build(name, **_fitting(cls, found) | options)
+        module = build(name, **_fitting(cls, found, model) | options)
     if not isinstance(module, Resampler):
         raise ValueError(f"{module.name} makes no fewer tokens of an image: `vtc train` trains those that do")
     for stage, own in zip(config.names(), config.stages):
@@ -60,10 +60,10 @@ def make_module(config: Config, found: Widths, model: nn.Module) -> Resampler:
     return module.requires_grad_(True)
 
 
-def _fitting(cls: type[Resampler], found: Widths) -> dict[str, Any]:
+def _fitting(cls: type[Resampler], found: Widths, model: nn.Module) -> dict[str, Any]:
     """The widths that a module's options have of its host."""
     fields = {field.name for field in dataclasses.fields(cls.Config)}
-    inner = found.decoder if cls.place == "behind" else found.vision
+    inner = found.decoder if behind(model, cls) else found.vision
     fitting = {"in_width": inner, "out_width": found.decoder}
     if "in_width" not in fields:
         fitting["width"] = inner
@@ -74,7 +74,7 @@ def calibrate(module: Resampler, model: nn.Module, vision: list[dict[str, torch.
     """Units from the features of some pictures, where the module has them."""
     if not hasattr(module, "calibrate"):
         return
-    features = Features(model, behind=module.place == "behind")
+    features = Features(model, behind(model, module))
     try:
         found = [x.flatten(0, 1) for inputs in vision for x, _ in features(inputs)]
     finally:

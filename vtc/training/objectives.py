@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..learned.base import Grid, Resampler
 from .answers import Answers
 from .batches import IGNORED
 from .config import Stage
-from .features import Features
+from .features import Features, behind
 from .tower import SharedTower
 
 
@@ -74,7 +75,7 @@ class OnFeatures(Objective):
     """Images only. Several grids of one batch count by how many rows they have."""
 
     def attach(self) -> None:
-        self.features = Features(self.host, behind=self.module.place == "behind")
+        self.features = Features(self.host, behind(self.host, self.module))
 
     def detach(self) -> None:
         self.features.remove()
@@ -173,6 +174,51 @@ class Distill(Objective):
         return self.answers(batch)
 
 
+class AnswerLength(Distill):
+    """The halting head, of how far the answers about a picture are from the teacher's, in nats for each of
+    their words, with as many tokens as the stage says. Nothing but the head learns."""
+
+    def attach(self) -> None:
+        super().attach()
+        self.seen: list[tuple[Tensor, Grid]] = []
+        self._hook = self.module.register_forward_pre_hook(lambda _, args: self.seen.append(args[:2]))
+        self.module.config = replace(self.module.config, error="answers")
+
+    def detach(self) -> None:
+        self._hook.remove()
+        super().detach()
+
+    def counts(self) -> list[int]:
+        few = self.stage.counts or self.possible
+        order = torch.randperm(len(few), generator=self.generator(shared=True))
+        return [few[int(i)] for i in order[: self.stage.lengths]]
+
+    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        asked = batch["wanted"] != IGNORED  # (R, L)
+        owner = batch["owner"][asked.nonzero()[:, 0]]  # (M,)
+        counts, errors = self.counts(), []
+        with torch.no_grad(), self.shared():
+            teacher = F.log_softmax(self.teacher(batch), dim=-1)
+            for k in counts:
+                self.seen.clear()
+                student = F.log_softmax(self.student(batch, k), dim=-1)
+                errors.append(
+                    _mean_by(F.kl_div(student, teacher, log_target=True, reduction="none").sum(1), owner)
+                )
+        error = torch.stack(errors, 1)  # (P, m)
+        x, grid = self.seen[0]
+        if len(x) != len(error):  # a row for each question
+            x = x[torch.searchsorted(batch["owner"], torch.arange(len(error), device=owner.device))]
+        lengths = torch.tensor(counts, device=x.device).expand(len(x), -1)
+        return {"halting": self.module.halting_loss(x, grid, lengths, error)}
+
+
+def _mean_by(values: Tensor, owner: Tensor) -> Tensor:
+    """Means of values (M,) of each owner, 0 to the last."""
+    sums = values.new_zeros(int(owner.max()) + 1).index_add(0, owner, values)
+    return sums / torch.bincount(owner)
+
+
 @contextmanager
 def all_tokens(handle: Handle) -> Iterator[None]:
     """The host as it is without the module. Cheaper than `remove()` and `compress()`, which find out anew
@@ -201,4 +247,10 @@ def _told(counts: list[int]) -> str:
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "features": OnFeatures, "distill": Distill, "length": Length,
 }  # fmt: skip
+
+
+def objective_of(stage: Stage) -> type[Objective]:
+    return AnswerLength if stage.kind == "length" and stage.errors == "answers" else OBJECTIVES[stage.kind]
+
+
 NEEDED = {"features": "training_loss", "length": "halting_loss"}  # of the module

@@ -11,14 +11,16 @@ from torch.optim import AdamW, Muon, Optimizer
 NO_MATRICES = ("registers", "adapter.")  # of vectors side by side, and products of two matrices
 
 
-def make_optimizer(module: nn.Module, lr: float, muon: float | None, weight_decay: float) -> Optimizer:
-    """AdamW for all weights; with `muon`, the rate of Muon (Jordan et al. 2024), that for matrices inside of
-    the module, scaled so that its steps are as long as AdamW's (arXiv:2502.16982)."""
+def make_optimizer(
+    module: nn.Module, lr: float, muon: float, weight_decay: float, betas: tuple[float, float]
+) -> Optimizer:
+    """Muon (Jordan et al. 2024) at the rate `muon` for matrices inside of the module, scaled so that its
+    steps are as long as AdamW's (arXiv:2502.16982); AdamW for all other weights."""
     named = [(name, weight) for name, weight in module.named_parameters() if weight.requires_grad]
-    matrices = [weight for name, weight in named if muon and _is_matrix(name, weight)]
+    matrices = [weight for name, weight in named if _is_matrix(name, weight)]
     chosen = set(map(id, matrices))
     others = [weight for _, weight in named if id(weight) not in chosen]
-    adamw = AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay) if others else None
+    adamw = AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay) if others else None
     if not matrices:
         return adamw
     fast = Muon(matrices, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..cost import versions
 from ..learned import Resampler
-from .config import Config, Stage, read_config
+from .config import Config, read_config
 
 REPORT = "train.json"
 
@@ -142,12 +142,13 @@ class _Training:
             self._objective(number)
 
     def _objective(self, number: int) -> Any:
-        from .objectives import OBJECTIVES
+        from .objectives import Distill, objective_of
 
         stage = self.config.stages[number]
-        more = {"grid": self.found.grid} if stage.kind == "distill" else {}
+        kind = objective_of(stage)
+        more = {"grid": self.found.grid} if issubclass(kind, Distill) else {}
         seed = (self.config.seed, number)
-        return OBJECTIVES[stage.kind](self.module, self.model, stage, seed, **more)
+        return kind(self.module, self.model, stage, seed, **more)
 
     def _stage(self, number: int) -> None:
         from .forms import check_form
@@ -170,7 +171,8 @@ class _Training:
             load_weights(self.module, folder / "module")
             return
         objective = self._objective(number)
-        items, collate = self._data(stage, objective)
+        asks = hasattr(objective, "teacher")
+        items, collate = self._data(asks)
         if len(items) < stage.batch_size * arguments.world_size:
             arguments.dataloader_drop_last = False
         trainer = ModuleTrainer(objective, arguments, data_collator=collate, train_dataset=items, name=name)
@@ -188,7 +190,7 @@ class _Training:
         last = last_checkpoint(folder) if self.resume else None
         objective.attach()
         try:
-            if stage.kind == "distill":
+            if asks:
                 check_form(objective, collate, items)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
@@ -205,11 +207,11 @@ class _Training:
             self.module.save_pretrained(folder / "module")
         self.write()
 
-    def _data(self, stage: Stage, objective: Any) -> tuple[list, Any]:
+    def _data(self, asks: bool) -> tuple[list, Any]:
         from .batches import Asked, Looked, Visit, visits
 
         data, skip = self.config.data, self.config.data.skip_broken
-        if stage.kind != "distill":
+        if not asks:
             return [Visit(i) for i in range(len(self.pictures))], Looked(self.processor, self.pictures, skip)
         token, end = _image_token(self.model), _end(self.model, self.processor)
         collate = Asked(self.processor, self.pictures, token, end, skip)

@@ -34,10 +34,15 @@ class ModuleTrainer(Trainer):
         self._parts: dict[str, list[torch.Tensor]] = {}  # of the loss, since they were last told
         self.model.rank = self.args.process_index
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, *args_: Any, **kwargs: Any) -> Any:
+        args, muon = self.args, self.model.stage.muon
+        if muon is None:
+            return super().create_optimizer(*args_, **kwargs)
         if self.optimizer is None:
-            module, muon = self.model.module, self.model.stage.muon
-            self.optimizer = make_optimizer(module, self.args.learning_rate, muon, self.args.weight_decay)
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = make_optimizer(
+                self.model.module, args.learning_rate, muon, args.weight_decay, betas
+            )
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -74,8 +79,10 @@ class ModuleTrainer(Trainer):
 
 
 def load_weights(module: LearnedModule, folder: str | Path) -> None:
-    """Those of the same module that was saved there."""
-    module.load_state_dict(type(module).from_pretrained(folder).state_dict())
+    """Those of the same module that was saved there, and what its training noted."""
+    saved = type(module).from_pretrained(folder)
+    module.load_state_dict(saved.state_dict())
+    module.config = saved.config
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -147,6 +154,7 @@ def arguments_of(config: Config, stage: Stage, name: str) -> TrainingArguments:
     every = max(1, stage.steps // 5)
     usual = {
         "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "optim": "adamw_torch", "weight_decay": 0.01,
+        "adam_beta2": 0.98,
         "logging_steps": max(1, min(50, stage.steps // 10)), "logging_first_step": True,
         "save_strategy": "steps", "save_steps": every, "save_total_limit": 2, "report_to": "none",
         "dataloader_pin_memory": cuda, "logging_nan_inf_filter": False, "disable_tqdm": False,
