@@ -186,6 +186,7 @@ def _replaced(rows: Sequence[Row]) -> str:
 def _reduced(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
+    rows = sorted(rows, key=lambda row: row["place"] == "encoder")
     heading = ["tokens made", "place", "tokens", "accuracy"]
     places = {"features": "in front of the projector", "encoder": f"behind block {BEHIND} of the tower"}
     lines = [

@@ -17,8 +17,8 @@ from .reading import positions
 class Selector(BetweenBlocks, Resampler):
     """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`.
 
-    No gradient reaches the scores through the tokens that stay: each kind is trained by losses of its own, on
-    features of an encoder that rests, and then works at any stage.
+    No gradient reaches the scores through the tokens that stay: each kind is trained by losses of its own,
+    and then works at any stage.
     """
 
     any_number = True
@@ -159,12 +159,13 @@ class LearnedScorer(Selector):
     """A small MLP that tells which tokens can go at some block of an encoder (DynamicViT, arXiv:2106.02034).
 
     Parameter names are those of `score_predictor.<stage>` of the published models (MIT), of which the first
-    stage's is loaded. It reads tokens
-    without CLS: half of the channels of each, and the other half averaged over the tokens that are still
-    there. In training nothing is removed: `decide` draws a choice, `policy_softmax` keeps others from looking
-    at tokens that went, and `ratio_loss` and `token_distillation` go beside the task's own loss; that forward with
-    all tokens is the trainer's, not one of `vtc.compress()`, which always removes tokens. At inference
-    `forward` keeps the k best, (B, N, D) to (B, k, D).
+    stage's is loaded; `Staged` loads all. It reads tokens without CLS: half of the channels of each, and the
+    other half averaged over the tokens that are still there. At inference `forward` keeps the k best,
+    (B, N, D) to (B, k, D).
+
+    In training nothing is removed: `decide` draws a choice, `policy_softmax` keeps others from looking at
+    tokens that went, and `ratio_loss` and `token_distillation` go beside the task's own loss. That forward
+    with all tokens is the trainer's own; `vtc.compress()` always removes tokens.
 
     Departures: where no token is left in an image their average is zero, not NaN; tokens stay in the order of
     the grid where the official code sorts them by score; and the number of tokens is that of the input where

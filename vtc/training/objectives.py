@@ -96,6 +96,11 @@ class OnFeatures(Objective):
 class Length(OnFeatures):
     """The halting head, of as many lengths of each picture as the stage says."""
 
+    def attach(self) -> None:
+        super().attach()
+        if hasattr(self.module.config, "error"):
+            self.module.config = replace(self.module.config, error="features")
+
     def of(self, x: Tensor, grid: Grid, generator: torch.Generator) -> dict[str, Tensor]:
         counts = torch.tensor(self.module.counts_for(grid))
         drawn = torch.randint(len(counts), (len(x), self.stage.lengths), generator=generator)
