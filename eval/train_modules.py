@@ -33,6 +33,8 @@ MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "super-tokens": ({"heads": 4}, SQUARES),
     "semantic-tokens": ({"heads": 4}, ()),
     "token-slimming": ({"tokens": 16}, ()),
+    "learned-scorer": ({}, ANY),
+    "reconstructing-selector": ({"width": 128, "depth": 2, "heads": 4}, ANY),
 }
 
 

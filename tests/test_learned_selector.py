@@ -334,3 +334,33 @@ def test_distillation_of_kept_tokens():
     wanted = ((student[0, 3] - teacher[0, 3]) ** 2).mean() + ((student[2, 7] - teacher[2, 7]) ** 2).mean()
     torch.testing.assert_close(token_distillation(student, teacher, there), wanted / 2)
     assert float(token_distillation(student, teacher, torch.zeros(4, 12))) == 0
+
+
+def test_in_a_host_scores_learn_by_a_drawn_choice():
+    torch.manual_seed(0)
+    module = build("learned-scorer", in_width=8)
+    x = torch.randn(64, 16, 8)
+    x[..., 0] = 0
+    x[:, ::4, 0] = 3.0  # tokens that the loss is small with
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for _ in range(120):
+        reduction = module.train().reduction(x, (4, 4), 4)
+        loss = -reduction.apply(x)[..., 0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    kept = module.eval().reduction(x, (4, 4), 4)
+    assert kept.pruned and kept.new is None
+    assert (kept.index % 4 == 0).float().mean() > 0.95
+
+
+def test_what_a_drawn_choice_gives_is_the_tokens_themselves():
+    torch.manual_seed(0)
+    module, x = build("learned-scorer", in_width=8).train(), torch.randn(2, 16, 8)
+    drawn = [module.reduction(x, (4, 4), 5) for _ in range(8)]
+    for reduction in drawn:
+        wanted = x.gather(1, reduction.index[..., None].expand(-1, -1, 8))
+        torch.testing.assert_close(reduction.apply(x), wanted)
+    assert len({tuple(reduction.index.flatten().tolist()) for reduction in drawn}) > 1
+    with torch.no_grad():
+        assert torch.equal(module.reduction(x, (4, 4), 5).index, module.select(x, (4, 4), 5))

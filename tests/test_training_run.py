@@ -219,13 +219,15 @@ def test_a_module_goes_on_from_a_folder(make):
     assert same(train(config), first)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision(make, precision):
-    module = train(make(FEATURES, DISTILL, precision=precision))
+def test_products_of_half_precision(make, monkeypatch):
+    module = train(make(FEATURES, DISTILL, precision="bf16"))
     exact = train(make(FEATURES, DISTILL, into="exact"))
     assert module.dtype == torch.float32 and not same(module, exact)
     losses = [report(make(into=into))["stages"]["2-distill"]["last"]["loss"] for into in ("out", "exact")]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        train(make(FEATURES, into="half", precision="fp16"))
 
 
 def test_accuracy_of_the_validation_data(make, tmp_path, capsys):

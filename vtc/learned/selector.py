@@ -17,8 +17,10 @@ from .reading import positions
 class Selector(BetweenBlocks, Resampler):
     """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`.
 
-    No gradient reaches the scores through the tokens that stay: each kind is trained by losses of its own,
-    and then works at any stage.
+    Each kind is trained by losses of its own, and then works at any stage. Or by whatever loss a host has,
+    such as stage "distill" of `vtc train`: in training mode the choice is drawn (the highest with Gumbel
+    noise, which draws without replacement), and those chosen are scaled by a one whose gradient is that of
+    their scores.
     """
 
     any_number = True
@@ -41,7 +43,15 @@ class Selector(BetweenBlocks, Resampler):
         return gather(x, self.select(x, grid, self.checked(x, grid, k, levels)))
 
     def reduction(self, x: Tensor, grid: Grid, k: int, levels: Sequence[Tensor] = ()) -> Reduction:
-        return Reduction.select(self.select(x, grid, self.checked(x, grid, k, levels)), x.shape[1])
+        self.checked(x, grid, k, levels)
+        if not (self.training and torch.is_grad_enabled()):
+            return Reduction.select(self.select(x, grid, k), x.shape[1])
+        scores = self.scores(x, grid)
+        index = (scores + gumbel(scores)).topk(k, dim=1).indices.sort(dim=1).values
+        share = scores.gather(1, index).sigmoid()
+        reduction = Reduction.select(index, x.shape[1])
+        reduction.new = gather(x, index) * (1 + share - share.detach()).to(x.dtype)[..., None]
+        return reduction
 
 
 @register_module
@@ -224,11 +234,15 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 def gumbel_choice(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Draws one of the last dimension with the probabilities of logits: ones and zeros, with the gradient of
     the soft choice (straight through). A generator is one of the CPU."""
-    uniform = torch.rand(logits.shape, generator=generator, device="cpu" if generator else logits.device)
-    noise = -(-uniform.clamp(1e-10, 1 - 1e-7).log()).log()
-    soft = ((logits.float() + noise.to(logits.device)) / temperature).softmax(-1)
+    soft = ((logits.float() + gumbel(logits, generator)) / temperature).softmax(-1)
     hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
     return hard + (soft - soft.detach())
+
+
+def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Gumbel noise of a tensor's shape, float32. A generator is one of the CPU."""
+    uniform = torch.rand(like.shape, generator=generator, device="cpu" if generator else like.device)
+    return -(-uniform.clamp(1e-10, 1 - 1e-7).log()).log().to(like.device)
 
 
 def stage_counts(n: int, keep: float, stages: int = 3) -> list[int]:

@@ -151,6 +151,8 @@ class Bar(ProgressCallback):
 def arguments_of(config: Config, stage: Stage, name: str) -> TrainingArguments:
     """What `Trainer` is told for a stage. Raises ValueError for what it refuses."""
     cuda = torch.cuda.is_available()
+    if config.precision == "fp16" and not cuda:  # else it would change nothing
+        raise ValueError("precision fp16 needs a GPU, and there is none: use bf16 or no")
     every = max(1, stage.steps // 5)
     usual = {
         "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "optim": "adamw_torch", "weight_decay": 0.01,
