@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -158,8 +159,9 @@ def block(rows: Sequence[Row]) -> str:
     by = "; ".join(f"`{command}` at commit {commit}" for command, commit in made)
     one = rows[0]
     parts.append(
-        f"Before any training. Accuracy in per cent on {one['questions']} questions or pictures; distances "
-        f"of features relative to their length, over {one['scenes']} scenes. Made by {by}."
+        f"Before any training. Accuracy in per cent on {one['questions']} questions or pictures (95 % "
+        f"interval up to ± {196 * math.sqrt(0.25 / one['questions']):.1f}); distances of features relative "
+        f"to their length, over {one['scenes']} scenes. Made by {by}."
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -4,11 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import build as host
 from tiny.encoders import make
 
 import vtc
-from vtc.learned import build, from_pretrained
+from vtc.learned import ReplacedAttention, build, from_pretrained
 from vtc.learned.adapter import Adapter
 
 
@@ -120,9 +121,10 @@ def test_alpha_scales_it():
         torch.manual_seed(0)
         adapter = Adapter.of(layer, rank=2, alpha=alpha)
         torch.nn.init.ones_(adapter.up[0])
-        adapter.install(layer)
+        hooks = adapter.install(layer)
         added.append(layer(x) - bare)
-        adapter.remove()
+        for hook in hooks:
+            hook.remove()
     torch.testing.assert_close(added[1], added[0] / 2)
     assert torch.equal(layer(x), bare)
 
@@ -137,9 +139,57 @@ def test_another_language_model_is_refused(adapted):
         Adapter.of(torch.nn.Conv1d(2, 2, 1))
     with pytest.raises(ValueError, match="at least 1"):
         Adapter({"a": (2, 2)}, rank=0)
+    with pytest.raises(ValueError, match="a whole number and at least 1, not '2'"):
+        Adapter({"a": (2, 2)}, rank="2")
 
 
 def test_a_model_without_a_language_model_has_none():
     module = build("ordered", in_width=32, tokens=4, width=16, heads=2, decoder_width=16, decoder_heads=2)
     with pytest.raises(ValueError, match="no language model"):
         module.adapt(make("timm-deit"), rank=2)
+
+
+@torch.no_grad()
+def test_one_module_in_two_hosts_is_taken_out_of_one(adapted):
+    model, inputs, module = adapted
+    _stir(module)
+    other, _ = host("llava-clip", seed=1)
+    handles = [vtc.compress(each.eval(), module, keep=4) for each in (model, other)]
+    wanted = other(**inputs).logits
+    handles[0].remove()
+    assert torch.equal(other(**inputs).logits, wanted)
+    handles[1].remove()
+    for each in (model, other):
+        assert not any(part._forward_hooks for part in each.model.language_model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["encoder", "attention"])
+def test_it_goes_along_where_the_tower_has_the_module(adapted, where):
+    model, inputs, _ = adapted
+    if where == "encoder":
+        module = build("learned-scorer", in_width=model.config.vision_config.hidden_size).eval()
+        settings = {"keep": 0.5, "stage": "encoder"}
+    else:
+        module, settings = ReplacedAttention.for_host(model, "agent-attention", agents=4), {}
+    bare = model(**inputs).logits
+    with vtc.compress(model, module, **settings):
+        wanted = model(**inputs).logits
+    module.adapt(model, rank=2)
+    with vtc.compress(model, module, **settings):
+        assert torch.equal(model(**inputs).logits, wanted)
+        _stir(module)
+        assert not torch.allclose(model(**inputs).logits, wanted, atol=1e-3)
+    assert torch.equal(model(**inputs).logits, bare)
+
+
+@torch.no_grad()
+def test_one_made_in_a_model_of_peft_fits_the_plain_one(adapted):
+    model, inputs, module = adapted
+    wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2))
+    module.adapt(wrapped, rank=2)
+    _stir(module)
+    with vtc.compress(wrapped, module, keep=4):
+        wanted = wrapped(**inputs).logits
+    with vtc.compress(wrapped.unload(), module, keep=4):
+        torch.testing.assert_close(model(**inputs).logits, wanted)

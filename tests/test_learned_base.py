@@ -1,5 +1,6 @@
 """The interface of modules with weights: counts, checks, the registry, saving and loading."""
 
+import inspect
 import shutil
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from vtc.learned import (
     list_modules,
     register_module,
 )
-from vtc.learned.base import _registry, square, told
+from vtc.learned.base import square, told
+from vtc.learned.registry import _registry
 
 
 class First(Resampler):
@@ -154,7 +156,10 @@ def test_every_module_says_what_it_is():
     for name in list_modules():
         cls = get_module(name)
         assert issubclass(cls, LearnedModule) and cls.name == name
-        assert cls.__doc__ and cls.Config.__dataclass_params__.frozen
+        assert cls.Config.__dataclass_params__.frozen
+        first, *rest = inspect.getdoc(cls).splitlines()  # which tables show: one sentence
+        assert first.endswith(".") and ". " not in first and rest[:1] in ([], [""]), first
+        assert len(first) <= 106, first
 
 
 def test_saved_and_loaded(known, tmp_path):

@@ -275,6 +275,26 @@ def test_deep_features_are_averages_around_the_places():
         start += layout.length
 
 
+def test_deep_features_of_drawn_tokens_are_their_own():
+    """In training as in use."""
+    model, make_inputs = build("qwen3_vl")
+    inputs = make_inputs((2, 1))
+    seen, module = Seen(model, inputs), made("learned-scorer").train()
+    full, width = join(seen.output, seen.vision.host.features, seen.vision.host.deep)
+    vision = open_host(model)
+    inner, found = vision.base.get_image_features, []
+    with vtc.compress(model, module, keep=3):
+        own = vision.base.get_image_features
+        vision.base.get_image_features = lambda *args, **kw: found.append(own(*args, **kw)) or found[-1]
+        model(**inputs)
+        vision.base.get_image_features = own
+    assert vision.base.get_image_features == inner
+    new, _ = join(found[0], vision.host.features, vision.host.deep)
+    kept = ~new[:, 0].isnan()
+    assert kept.sum() == 9 and new.requires_grad
+    torch.testing.assert_close(new[kept][:, width:], full[kept][:, width:])
+
+
 def test_tiles_share_a_budget():
     model, make_inputs = build("llava_next-clip")
     inputs = make_inputs((1,))

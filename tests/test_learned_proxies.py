@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from learned_host import all_have_gradients, apart, distances, random_block, randomise, smooth
 
+from vtc.learned.grids import from_windows
 from vtc.learned.proxies import ProxyAttention, ProxyProjector
 from vtc.learned.proxy_block import ProxyBlock, roll, wrap_mask
-from vtc.learned.proxy_windows import merge, partition, pooled
+from vtc.learned.proxy_windows import partition, pooled
 
 
 def attention(std=0.2, **options):
@@ -200,7 +201,7 @@ def test_a_fresh_block_is_a_block_with_window_attention():
     kept = {name: part for name, part in m.named_children() if name in ("norm1", "attn1", "norm2", "ff")}
     x, grid = torch.randn(2, 64, 16), (8, 8)
     windows = partition(kept["norm1"](x), grid, 4)
-    y = x + merge(kept["attn1"](windows.flatten(0, 1)).unflatten(0, (2, 4)), grid, 4)
+    y = x + from_windows(kept["attn1"](windows.flatten(0, 1)).unflatten(0, (2, 4)), grid, 4)
     assert torch.equal(m(x, grid), y + kept["ff"](kept["norm2"](y)))
 
 
@@ -212,8 +213,8 @@ def test_windows_are_cut_and_put_together():
     windows = partition(x, grid, 4)
     assert windows.shape == (2, 6, 16, 3)
     assert torch.equal(windows[:, 4], x[:, [r * 12 + c for r in range(4, 8) for c in range(4, 8)]])
-    assert torch.equal(merge(windows, grid, 4), x)
-    assert torch.equal(partition(merge(windows, grid, 4), grid, 4), windows)
+    assert torch.equal(from_windows(windows, grid, 4), x)
+    assert torch.equal(partition(from_windows(windows, grid, 4), grid, 4), windows)
 
 
 def test_shifting_back_is_the_identity_and_nothing_leaks_across_the_wrap():

@@ -24,7 +24,7 @@ from vtc.evaluation.results import newest, read_rows
 from vtc.evaluation.runner import ask, label
 from vtc.evaluation.sweep import sweep
 from vtc.evaluation.tasks import Task, load_task
-from vtc.learned.base import build
+from vtc.learned.registry import build
 
 OPTIONS = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 

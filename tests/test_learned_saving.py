@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -56,6 +57,8 @@ def test_what_is_no_module_is_told(tmp_path):
         vtc.compress(model, "nobody/nothing", keep=3)
     with pytest.raises(ValueError, match="there is no method 'tomme'; did you mean 'tome'"):
         vtc.compress(model, "tomme", keep=3)
+    with pytest.raises(ValueError, match="'ordered' is a module with weights: give a folder"):
+        vtc.compress(model, "ordered", keep=3)
 
 
 def test_a_plan_names_the_folder(folder, tmp_path):
@@ -81,6 +84,12 @@ def test_a_plan_of_weights_that_no_folder_holds_is_refused(folder, tmp_path):
             module.out_proj.weight.add_(1)
         with pytest.raises(ValueError, match="no longer those in"):
             vtc.save(handle.plan, path)
+        module.adapt(model, rank=2)  # which is in no folder either
+        module.load_state_dict(from_pretrained(folder).state_dict(), strict=False)
+        with pytest.raises(ValueError, match="no longer those in"):
+            vtc.save(handle.plan, path)
+        module.adapter = None
+        vtc.save(handle.plan, path)
         module.save_pretrained(tmp_path / "again")
         vtc.save(handle.plan, path)
     assert json.loads(path.read_text())["steps"][0]["method"] == str(tmp_path / "again")
@@ -201,3 +210,42 @@ def test_the_command_line_takes_a_folder(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["ask", *asked, "--keep", "100"]) == 2
     assert "ordered makes 12 x 12 tokens 1 to 64 tokens, not 100" in capsys.readouterr().err
+
+
+def test_another_models_folder_is_not_written_over(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds another model, which would be lost"):
+        made("m3").save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "file, text, told",
+    [
+        ("model.safetensors", "", "model.safetensors is damaged"),
+        ("config.json", "{", "is no JSON"),
+        ("config.json", {"host": {}}, "its 'host' is not what"),
+        ("config.json", {"host": "llava"}, "its 'host' is not what"),
+        ("config.json", {"options": None}, "its 'options' is not what"),
+        ("config.json", {"adapter": {"rank": 2}}, "its 'adapter' is not what"),
+        ("config.json", {"options": {"tokens": "x"}}, "tokens of ordered is a whole number, not 'x'"),
+        ("config.json", {"options": {"epsilon": "x"}}, "epsilon of ordered is a number, not 'x'"),
+    ],
+)
+def test_a_damaged_folder_is_told(folder, file, text, told):
+    path, model = Path(folder) / file, small_model()
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(path.read_text()) | text)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        vtc.compress(model, folder, keep=4)
+    assert vtc.api.current(model) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"hello"])
+def test_a_damaged_file_of_published_weights_is_told(tmp_path, content):
+    (tmp_path / "weights.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged, or no file|is no file of weights"):
+        get_module("mqt").from_pretrained(tmp_path / "weights.bin")

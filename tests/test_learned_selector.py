@@ -7,15 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from vtc.learned import build, from_pretrained
-from vtc.learned.selector import (
-    LearnedScorer,
-    gather,
-    gumbel_choice,
-    policy_softmax,
-    ratio_loss,
-    stage_counts,
-    token_distillation,
-)
+from vtc.learned.scorer import LearnedScorer, policy_softmax, ratio_loss, token_distillation
+from vtc.learned.selector import gumbel_choice
+from vtc.schedule import counts
+from vtc.tokens import gather
 
 GRID = (3, 4)
 SMALL = {"in_width": 8, "width": 12, "depth": 3, "heads": 2, "ratio": 2.0}
@@ -283,7 +278,8 @@ def test_what_is_gone_stays_gone():
     ("n", "keep", "wanted"), [(196, 0.7, [137, 96, 67]), (576, 0.5, [288, 144, 72]), (64, 1.0, [64] * 3)]
 )
 def test_counts_of_stages(n, keep, wanted):
-    assert stage_counts(n, keep) == wanted
+    left = counts({3: keep, 6: keep, 9: keep}, "once", n, 12)  # the same shares, block by block
+    assert [left[block] for block in (3, 6, 9)] == wanted
 
 
 def test_policy_attention():

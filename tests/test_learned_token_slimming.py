@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from learned_host import all_have_gradients, apart, randomise, smooth
 
+from vtc.learned import get_module
 from vtc.learned.token_slimming import (
     ReverseSlimming,
     TokenSlimming,
@@ -81,6 +84,30 @@ def test_parameters_are_those_of_the_published_sizes(width, n, tokens):
         "mlp2.fc2.weight": (width, 4 * width),
         "mlp2.fc2.bias": (width,),
     }
+
+
+def test_the_first_of_a_published_model_are_loaded(tmp_path):
+    there, back, state = slimming(), reverse(), {"head.weight": torch.ones(2)}
+    for name, m in (("tsm", there), ("rtsm", back)):
+        state |= {f"{name}.0.{key}": value for key, value in m.state_dict().items()}
+        state |= {f"{name}.1.{key}": value + 1 for key, value in m.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "model.pth")
+    for m in (there, back):
+        options = dataclasses.asdict(m.config)
+        loaded = type(m).from_pretrained(tmp_path / "model.pth", **options).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in m.state_dict().items())
+
+
+def test_all_of_a_published_model_are_loaded(tmp_path):
+    parts = [slimming(tokens=tokens) for tokens in (6, 3)]
+    state = {f"tsm.{i}.{key}": value for i, m in enumerate(parts) for key, value in m.state_dict().items()}
+    torch.save(state | {"blocks.0.norm1.weight": torch.ones(2)}, tmp_path / "model.pth")
+    sizes = tuple(dataclasses.asdict(m.config) for m in parts)
+    options = {"module": "token-slimming", "blocks": (0, 1), "options": sizes}
+    loaded = get_module("staged").from_pretrained(tmp_path / "model.pth", **options)
+    x = torch.randn(2, 24, 16)
+    for found, m in zip(loaded.parts, parts, strict=True):
+        assert torch.equal(found(x, GRID), m(x, GRID))
 
 
 def test_weights_sum_to_one_and_tokens_stay_between_tokens():

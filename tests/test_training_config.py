@@ -77,6 +77,14 @@ def test_settings_replace_what_the_file_says(file):
         ("stages.1.full=1", "stages.1.full is true or false, not 1"),
         ("stages.7.steps=1", "there is no '7'; stages are counted from 0"),
         ("steps", "--set takes key=value"),
+        ("module.tokens=[1", "--set module.tokens: '[1' is no value of YAML"),
+        ("data.n=-1", "data.n is at least 1, not -1"),
+        ("data.n_validation=0", "data.n_validation is at least 1, not 0"),
+        ("seed=-1", "seed is a number from 0 to 4294967295, not -1"),
+        ("stages.0.learning_rate=.nan", "stages.0.learning_rate is a number from 0 on, not nan"),
+        ("stages.0.learning_rate=-1", "stages.0.learning_rate is a number from 0 on, not -1.0"),
+        ("adapter={rank: x}", "adapter.rank is a whole number, not 'x'"),
+        ("adapter={rank: 2, alpha: x}", "adapter.alpha is a number, not 'x'"),
     ],
 )
 def test_wrong_settings_are_told(file, setting, told):

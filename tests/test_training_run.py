@@ -287,8 +287,45 @@ def test_an_output_folder_in_use(make):
         train(make(FEATURES, LENGTH))
     with pytest.raises(ValueError, match="another module: choose another output"):
         train(make(FEATURES, module={**ORDERED, "tokens": 8}), resume=True)
+    with pytest.raises(ValueError, match="another adapter: choose another output"):
+        train(make(FEATURES, adapter={"rank": 2}), resume=True)
     train(make(FEATURES, LENGTH), resume=True)  # a stage more
     assert list(report(make())["stages"]) == ["1-features", "2-length"]
+
+
+def test_stages_that_were_trained_stay_what_they_were(make):
+    """What train.json tells is how the module was made."""
+    train(make(FEATURES, LENGTH))
+    told = report(make())
+    more = {"steps": FEATURES["steps"] + 2}
+    changed = [
+        (FEATURES,), (LENGTH, FEATURES), (FEATURES | more, LENGTH), (FEATURES, LENGTH | {"steps": 1}),
+        (FEATURES, LENGTH | {"learning_rate": 1e-9}),
+    ]  # fmt: skip
+    for stages in changed:
+        with pytest.raises(ValueError, match=r"stage .* was trained already, by other settings"):
+            train(make(*stages), resume=True)
+        assert report(make()) == told
+
+
+def test_the_last_stage_is_gone_on_with_where_it_has_more_steps(make):
+    first = train(make(FEATURES))
+    steps = FEATURES["steps"] + 2
+    found = train(make({**FEATURES, "steps": steps}), resume=True)
+    assert not same(found, first) and report(make())["stages"]["1-features"]["steps"] == steps
+    folder = run.Path(make()["output"]) / "checkpoints" / "1-features"
+    assert trainer.last_checkpoint(folder).name == f"checkpoint-{steps}"
+    state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    assert state["global_step"] == steps
+
+
+def test_an_output_that_would_cost_another_model(make, host):
+    before = {file.name: file.stat().st_mtime_ns for file in run.Path(host).iterdir()}
+    with pytest.raises(ValueError, match="holds a model, which would be lost: choose another output"):
+        train(make(FEATURES) | {"output": str(host)})
+    assert {file.name: file.stat().st_mtime_ns for file in run.Path(host).iterdir()} == before
+    with pytest.raises(ValueError, match="is a file: output is the folder"):
+        train(make(FEATURES) | {"output": str(run.Path(host) / "config.json")})
 
 
 def test_nothing_to_go_on_with(make, tmp_path):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .allocate import Allocation, get_allocation
-from .hosts import Vision, features_owner, is_vlm, open_host
-from .hosts.trunk import STAGE, Trunk, find_tower, open_trunk, path_of_tower
+from .hosts import Vision, features_owner, is_vlm
+from .hosts.opening import open_model, unwrap
+from .hosts.trunk import STAGE, Trunk, find_tower
 from .method import Method, Select, get_method, is_saved, list_methods
 from .record import Record
 from .restoring import Nearest, get_merge
@@ -176,7 +177,7 @@ def compress(
     encoder = {"schedule": schedule, "restore": restore, "carry": carry}
     prompt = {"positions": positions, "allocate": allocate, "merge": merge, "decoder_layer": decoder_layer}
     where = {"stage": stage, **prompt, **encoder}
-    opened = _open(model)
+    opened = open_model(model)
     steps = _steps(method, keep, where, options, opened)
     handle = current(model)
     if handle is not None and not replace:
@@ -215,39 +216,10 @@ def restore(model: nn.Module) -> None:
     handle.remove()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers of torch.compile, PEFT and distributed training. TypeError for no model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compress() takes a loaded model, not {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", None)  # torch.compile
-    if inner is None and hasattr(model, "get_base_model"):  # PEFT
-        inner = model.get_base_model()
-    if inner is None:
-        inner = getattr(model, "module", None)  # DistributedDataParallel, FSDP, DeepSpeed
-    return unwrap(inner) if isinstance(inner, nn.Module) else model
-
-
 def _forget_graphs() -> None:
     """Compiled graphs have no guard on hooks: they would go on without new ones, and with removed ones."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def open_model(model: nn.Module) -> Vision | Trunk:
-    """The parts of a model inside of its wrappers. Raises ValueError for a model of no known kind."""
-    return _open(unwrap(model))
-
-
-def _open(model: nn.Module) -> Vision | Trunk:
-    """The parts of a vision-language model or of a vision transformer. ValueError for any other model."""
-    if is_vlm(model):
-        return open_host(model)
-    if not find_tower(model) and (path := path_of_tower(model)):
-        raise ValueError(
-            f"{type(model).__name__} is no known host, but the {type(model.get_submodule(path)).__name__} in "
-            f"it is: compress model.{path}"
-        )
-    return open_trunk(model) if find_tower(model) else open_host(model)
 
 
 def _refuse_twice(opened: Vision | Trunk) -> None:
@@ -427,8 +399,9 @@ def _own_stage(opened: Vision | Trunk, module: nn.Module, settings: dict[str, An
 
 def _merge(method: Method, merge: Any) -> Nearest:
     if not isinstance(method, Select):
+        does = "merges" if method.module is None else "is a module with weights"
         raise ValueError(
-            f"merge={merge!r} takes what a method drops, and '{method.name}' merges: leave it out"
+            f"merge={merge!r} takes what a method drops, and '{method.name}' {does}: leave it out"
         )
     return get_merge(merge)
 

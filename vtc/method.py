@@ -213,6 +213,7 @@ def get_method(name: str, **options: Any) -> Method:
 
         return load_method(name, options)
     if name not in known:
+        _refuse_module(name)
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
         hint = (
             f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
@@ -235,6 +236,17 @@ def get_method(name: str, **options: Any) -> Method:
         if not fine:
             raise ValueError(f"option {field.name} of method '{name}' is {kind}, not {value!r}")
     return cls(**options)
+
+
+def _refuse_module(name: str) -> None:
+    """Raises ValueError where the name is that of a module, which has to have weights."""
+    from .learned import list_modules
+
+    if name in list_modules():
+        raise ValueError(
+            f"'{name}' is a module with weights: give a folder or a name on the Hugging Face Hub where one "
+            f"was saved, or what vtc.learned.build('{name}', ...) makes"
+        )
 
 
 def is_saved(name: str | Path) -> bool:

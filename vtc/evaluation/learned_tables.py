@@ -136,7 +136,8 @@ def losses_table(contest: Contest) -> str:
 
 def losses_legend() -> str:
     return (
-        "Points of accuracy below all tokens; *ratio*: the first loss as a share of the second; "
+        "Points of accuracy below all tokens; the best training-free method is chosen at each number by "
+        "these same questions, which favours it; *ratio*: the first loss as a share of the second; "
         "*difference*: points of accuracy between the two, with its 95 % interval over paired questions."
     )
 

@@ -26,21 +26,20 @@ class Adapter(nn.Module):
         self, layers: Mapping[str, tuple[int, int]], rank: int = 16, alpha: float | None = None
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"the rank of an adapter is at least 1, not {rank}")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"the rank of an adapter is a whole number and at least 1, not {rank!r}")
         self.layers = {name: tuple(widths) for name, widths in layers.items()}
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.down = nn.ParameterList(nn.Parameter(torch.empty(rank, i)) for i, _ in self.layers.values())
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(o, rank)) for _, o in self.layers.values())
         for (width, _), weight in zip(self.layers.values(), self.down):
             nn.init.normal_(weight, std=width**-0.5)
-        self._hooks: list[Any] = []
 
     @classmethod
     def of(cls, decoder: nn.Module, rank: int = 16, alpha: float | None = None) -> Adapter:
         """One for all linear layers of a decoder. Raises ValueError where there are none."""
         found = {
-            name: (layer.in_features, layer.out_features)
+            name.removesuffix(".base_layer"): (layer.in_features, layer.out_features)  # of PEFT's layers
             for name, layer in decoder.named_modules()
             if isinstance(layer, nn.Linear) and "lora_" not in name
         }
@@ -65,17 +64,17 @@ class Adapter(nn.Module):
                     f"which {type(decoder).__name__} has not: use it with the host that it was trained on"
                 )
 
-    def install(self, decoder: nn.Module, resting: Callable[[], bool] = lambda: False) -> None:
-        """resting: tells at every call whether nothing is to be added."""
-        modules = dict(decoder.named_modules())
-        for number, name in enumerate(self.layers):
-            # A bound method, so that a deep copy of a host with this in it has weights of its own.
-            self._hooks.append(modules[name].register_forward_hook(partial(self._add, number, resting)))
+    def install(self, decoder: nn.Module, resting: Callable[[], bool] = lambda: False) -> list[Any]:
+        """The hooks, which whoever installs it removes: it may be in several hosts at a time.
 
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        resting: tells at every call whether nothing is to be added.
+        """
+        modules = dict(decoder.named_modules())
+        # A bound method, so that a deep copy of a host with this in it has weights of its own.
+        return [
+            modules[name].register_forward_hook(partial(self._add, number, resting))
+            for number, name in enumerate(self.layers)
+        ]
 
     def _add(
         self,

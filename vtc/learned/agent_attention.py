@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformer import initialise
-from .base import Grid, Resampler, register_module
+from .base import Grid, Resampler
+from .grids import as_map, as_tokens
+from .registry import register_module
 from .replacement import (
     AttentionReplacement,
     HostAttention,
-    as_map,
-    as_tokens,
     attend,
     attention_flops,
     check_grid,
@@ -47,6 +48,7 @@ class AgentAttention(AttentionReplacement):
 
     name = "agent-attention"
     paper = "arXiv:2312.08874"
+    weights = "published without a licence"
     one_grid = True
 
     @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class AgentAttention(AttentionReplacement):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config
-        check_heads(c)
+        check_heads(c.width, c.heads)
         self.side = math.isqrt(c.agents)
         if self.side**2 != c.agents or not 1 <= self.side <= min(c.window):
             raise ValueError(f"agents is a square number whose root fits into the window, not {c.agents}")
@@ -83,7 +85,7 @@ class AgentAttention(AttentionReplacement):
             self.ac_bias, self.ca_bias = _bias(1, h, n, 1), _bias(1, h, 1, n)
 
     def start_from(self, attention: HostAttention | nn.Module) -> None:
-        host = self._host(attention, self.config.width, self.config.heads)
+        host = HostAttention.fitting(attention, self.name, self.config.width, self.config.heads)
         host.check(qkv_bias=self.config.qkv_bias)
         put(self.qkv, host.qkv, host.qkv_bias)
         put(self.proj, host.out, host.out_bias)
@@ -151,17 +153,12 @@ class AgentPooling(Resampler):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         width = config.in_width
-        if width % config.heads:
-            raise ValueError(f"{config.heads} heads do not divide a width of {width}")
+        check_heads(width, config.heads)
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         initialise(self)
         zero(self.proj)
-
-    @property
-    def out_width(self) -> int:
-        return self.in_width
 
     def counts(self, n: int) -> list[int]:
         return [s * s for s in range(1, math.isqrt(n) + 1)]
@@ -173,18 +170,13 @@ class AgentPooling(Resampler):
     def start_from(self, norm: nn.LayerNorm, attention: HostAttention | nn.Module) -> None:
         """From the first norm and the attention of a layer. Raises ValueError for those of another width or
         number of heads."""
-        host = attention if isinstance(attention, HostAttention) else HostAttention.of(attention)
-        if (host.width, host.heads) != (self.in_width, self.config.heads):
-            raise ValueError(
-                f"{self.name} has width {self.in_width} and {self.config.heads} heads, the attention to "
-                f"start from {host.width} and {host.heads}"
-            )
+        host = HostAttention.fitting(attention, self.name, self.in_width, self.config.heads)
         self.norm.load_state_dict(norm.state_dict())
         self.norm.eps = norm.eps
         put(self.qkv, host.qkv, host.qkv_bias)
         put(self.proj, host.out, host.out_bias)
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         side = math.isqrt(self.checked(x, grid, k, levels))
         q, key, value = self.qkv(self.norm(x)).chunk(3, dim=-1)
         agents = _pooled(q, grid, (side, side))  # (B, k, width)

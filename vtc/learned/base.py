@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import importlib
 import math
 import operator
-import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -15,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..hosts.opening import open_model
 from ..tokens import Reduction
 from . import checkpoints
 from .adapter import Adapter
@@ -67,8 +64,6 @@ class LearnedModule(nn.Module):
     def adapt(self, model: nn.Module, rank: int = 16, alpha: float | None = None) -> Self:
         """Gives it low-rank updates of a host's language model, which are trained, saved and attached along
         with it (LoRA, arXiv:2106.09685). A fresh one adds nothing. Raises ValueError where there is none."""
-        from ..api import open_model
-
         decoder = getattr(open_model(model), "decoder", None)
         if decoder is None:
             raise ValueError(f"{type(model).__name__} has no language model to adapt: leave the adapter out")
@@ -140,7 +135,8 @@ class Resampler(LearnedModule):
 
     @property
     def out_width(self) -> int:
-        return self.config.out_width
+        """The width of the features where the options name no other."""
+        return getattr(self.config, "out_width", self.in_width)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -230,62 +226,6 @@ def told(counts: Sequence[int]) -> str:
     return ", ".join(map(str, shown[:-1])) + " or " * (len(shown) > 1) + str(shown[-1])
 
 
-_registry: dict[str, type[LearnedModule]] = {}
-
-
-def register_module(cls: type[LearnedModule]) -> type[LearnedModule]:
-    """Class decorator that makes a module known by its `name`. Raises ValueError for one in use."""
-    known = _registry.get(cls.name)
-    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"a module named '{cls.name}' exists already ({known.__module__})")
-    _registry[cls.name] = cls
-    return cls
-
-
-def list_modules() -> list[str]:
-    """The names of all modules, sorted."""
-    return sorted(_modules())
-
-
-def get_module(name: str) -> type[LearnedModule]:
-    """The class of that name. Raises ValueError for an unknown one."""
-    known = _modules()
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
-        )
-        raise ValueError(f"there is no module {name!r}; {hint}")
-    return known[name]
-
-
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> LearnedModule:
     """The module that was saved there, whichever it is; see `LearnedModule.from_pretrained`."""
     return LearnedModule.from_pretrained(name, revision=revision)
-
-
-def build(name: str, **options: Any) -> LearnedModule:
-    """A module with fresh weights. Raises ValueError for an unknown name or option."""
-    return (cls := get_module(name))(make_config(cls, options))
-
-
-def make_config(cls: type[LearnedModule], options: dict[str, Any]) -> Any:
-    """A configuration from options as JSON has them: lists become tuples. ValueError for unknown ones."""
-    fields = {field.name for field in dataclasses.fields(cls.Config)}
-    unknown = sorted(set(options) - fields)
-    if unknown:
-        raise ValueError(
-            f"{cls.name} has no option {', '.join(map(repr, unknown))}; it has {', '.join(sorted(fields))}"
-        )
-    return cls.Config(**{name: _tuples(value) for name, value in options.items()})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _modules() -> dict[str, type[LearnedModule]]:
-    package = importlib.import_module(__package__)
-    for file in pkgutil.walk_packages(package.__path__, f"{__package__}."):  # every file may register one
-        importlib.import_module(file.name)
-    return _registry

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
+from .registry import get_module, make_config
 
 if TYPE_CHECKING:
     from .base import LearnedModule
 
 CONFIG, OWN_WEIGHTS = "config.json", "model.safetensors"
+PARTS = {"options": (), "host": ("kind", "widths", "weights"), "adapter": ("layers", "rank", "alpha")}
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # under which trainings save weights
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -30,6 +32,8 @@ def save(module: LearnedModule, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file: a module is saved into a folder")
+    if (folder / CONFIG).is_file() and not is_module(folder):
+        raise ValueError(f"{folder} holds another model, which would be lost: save into another folder")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"module": module.name, "vtc": __version__, "options": dataclasses.asdict(module.config)}
     if module.host is not None:
@@ -56,8 +60,6 @@ def push(module: LearnedModule, name: str, private: bool | None) -> str:
 def load(
     cls: type[LearnedModule], name: str | Path, revision: str | None, options: dict[str, Any]
 ) -> LearnedModule:
-    from .base import make_config
-
     path = _local(cls, name, revision)
     content = _read_config(path)
     if "module" in content:
@@ -87,15 +89,27 @@ def is_module(name: str | Path) -> bool:
 
 
 def holds(module: LearnedModule, name: str) -> bool:
-    """Whether the weights saved there are those that a module has now, to the precision of its dtype."""
+    """Whether the weights saved there are those that a module has now, to the precision of its dtype; an
+    adapter's too."""
     saved = _read(_local(type(module), name, None) / OWN_WEIGHTS)
     own = module.state_dict()
-    return all(torch.equal(value.to(own[key]), own[key]) for key, value in saved.items())
+    return saved.keys() == own.keys() and all(torch.equal(saved[key].to(own[key]), own[key]) for key in own)
+
+
+def check_plan(module: LearnedModule) -> None:
+    """Raises ValueError where a plan, which names the folder of a module, would not bring back this one."""
+    why = None
+    if module.folder is None:
+        why = f"this '{module.name}' is in none"
+    elif not holds(module, module.folder):
+        why = f"the weights of this '{module.name}' are no longer those in {module.folder}"
+    if why:
+        raise ValueError(
+            f"a plan names the folder of a module, and {why}: call its save_pretrained(folder) before"
+        )
 
 
 def _named(cls: type[LearnedModule], saved: str, name: str | Path) -> type[LearnedModule]:
-    from .base import get_module
-
     found = get_module(saved)
     if not issubclass(found, cls):
         raise ValueError(f"{name} is a module '{saved}', not '{getattr(cls, 'name', cls.__name__)}'")
@@ -120,8 +134,21 @@ def _local(cls: type[LearnedModule], name: str | Path, revision: str | None) -> 
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """What config.json says; of a module's, ValueError where a part of it is missing."""
     file = path / CONFIG
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(content, dict) or "module" not in content:
+        return {}
+    for name, parts in PARTS.items():
+        part = content.get(name, dict.fromkeys(parts))
+        if not isinstance(part, dict) or not part.keys() >= set(parts):
+            raise ValueError(f"{file} is damaged: its {name!r} is not what save_pretrained() writes")
+    return content
 
 
 def _published(cls: type[LearnedModule], path: Path) -> dict[str, Tensor]:
@@ -144,9 +171,13 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise OSError(f"there is no file {file}")
     if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(str(file))
+        try:
+            return load_file(str(file))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no file of weights: {error}") from None
     try:
         # never weights_only=False: a pickle may run what it likes
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -154,6 +185,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} is not read: it is no file of weights, or would run code of its own: {error}"
         ) from None
+    except (EOFError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged, or no file of weights: {error!r}") from None
     return _tensors(content, file)
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..hosts.opening import open_model
+
 if TYPE_CHECKING:
     from ..hosts import Vision
     from ..hosts.trunk import Trunk
@@ -20,8 +22,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Of a vision-language model, or of a vision transformer by itself, as JSON has it: "kind", "widths" and
     "weights", a few numbers of some tensors of encoder and projector by name. What training of the language
     model or another dtype changes is not in it."""
-    from ..api import open_model
-
     return _of(open_model(model))
 
 

@@ -1,4 +1,4 @@
-"""Windows of a grid of tokens: cut out, put back, averaged."""
+"""Tokens of a grid as a map, and its windows: cut out, put back, averaged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDINGS = {"edge": "replicate", "zeros": "constant"}
+
+
+def as_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, D) to (B, D, rows, columns)."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, D, rows, columns) to (B, N, D), row by row."""
+    return x.flatten(2).transpose(1, 2)
 
 
 def windows(x: Tensor, grid: tuple[int, int], side: int, padding: str = "edge") -> Tensor:
@@ -48,7 +58,7 @@ def pool(x: Tensor, grid: tuple[int, int], k: int) -> Tensor:
         return x
     shares = _shares(grid, k)
     bands = len(shares)
-    y = x.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+    y = as_map(x.float(), grid)  # (B, D, rows, columns)
     if k % bands == 0:
         y = F.adaptive_avg_pool2d(y, (bands, k // bands)).flatten(2)
     else:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .base import Grid, LearnedModule, build, get_module, register_module
-from .checkpoints import holds
+from ..hosts import Vision, is_vlm, open_host
+from ..hosts.opening import unwrap
+from ..hosts.trunk import Trunk, open_trunk
+from .base import Grid, LearnedModule
+from .checkpoints import check_plan
+from .registry import build, get_module, list_modules, register_module
 from .replacement import AttentionReplacement, HostAttention, attention_flops
 
 if TYPE_CHECKING:
-    from ..hosts import Vision
-    from ..hosts.trunk import Trunk
     from ..stages.attention import AttentionStage
 
 
@@ -72,9 +74,6 @@ class ReplacedAttention(LearnedModule):
         Raises ValueError for a model without a tower whose attention can be replaced, for options or blocks
         that do not exist, and where windows do not tile the grid.
         """
-        from ..api import unwrap
-        from ..hosts import is_vlm, open_host
-        from ..hosts.trunk import open_trunk
         from ..stages.attention import check_trunk, usual_grid
 
         kind = _replacement(replacement)
@@ -121,11 +120,7 @@ class ReplacedAttention(LearnedModule):
 
     def to_dict(self) -> dict[str, Any]:
         """As a plan has it. Raises ValueError where its weights lie in no folder."""
-        if self.folder is None or not holds(self, self.folder):
-            raise ValueError(
-                f"a plan names the folder of a module, and the weights of this '{self.name}' lie in none: "
-                "call its save_pretrained(folder) before"
-            )
+        check_plan(self)
         return {"method": self.folder, "options": {}}
 
     def __str__(self) -> str:
@@ -150,6 +145,4 @@ def _replacement(name: str) -> type[AttentionReplacement]:
 
 
 def _known() -> list[str]:
-    from .base import list_modules
-
     return [name for name in list_modules() if issubclass(get_module(name), AttentionReplacement)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..method import doc
-from .base import LearnedModule, Resampler, build, get_module, list_modules, told
+from .base import LearnedModule, Resampler, told
+from .registry import build, get_module, list_modules
 from .replacement import AttentionReplacement
 
 GRID = (24, 24)
@@ -28,7 +29,8 @@ def rows() -> list[tuple[str, ...]]:
 def _placed(cls: type[LearnedModule]) -> tuple[str, str, str]:
     if issubclass(cls, Resampler):
         return cls.place, _counts(cls), " ".join(cls.stages)
-    return "attention" if issubclass(cls, AttentionReplacement) else "part", "", ""
+    attends = issubclass(cls, AttentionReplacement) or hasattr(cls, "as_stage")
+    return "attention" if attends else "part", "", ""
 
 
 def _counts(cls: type[Resampler]) -> str:

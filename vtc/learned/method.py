@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..method import Method
 from ..tokens import Reduction, Tokens
 from .base import LearnedModule, Resampler
-from .checkpoints import holds, is_module
+from .checkpoints import check_plan, is_module
 
 LEVELS = "levels"  # of tokens.extras: features of further layers of the encoder (B, layers, N, D)
 
@@ -64,17 +64,7 @@ class FromModule(Method):
         return {"method": self.module.folder or self.name, "options": self.given}
 
     def check_plan(self) -> None:
-        folder = self.module.folder
-        if folder is None:
-            raise ValueError(
-                f"a plan names the folder of a module, and this '{self.name}' is in none: call its "
-                "save_pretrained(folder) before"
-            )
-        if not holds(self.module, folder):
-            raise ValueError(
-                f"a plan names the folder of a module, and the weights of this '{self.name}' are no longer "
-                f"those in {folder}: call its save_pretrained(folder) before"
-            )
+        check_plan(self.module)
 
     def __repr__(self) -> str:
         told = [f"{name}={value}" for name, value in self.given.items()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from ..tokenizers.schedules import DropSchedule
 from ..tokenizers.sequence import TokenSequence
 from ..transformer import blocks, initialise
-from .base import Grid, Resampler, register_module
+from .base import Grid, Resampler
+from .calibrated import Calibrated
 from .feature_decoder import FeatureDecoder
 from .pyramid import Pyramid
 from .reading import Reader, mixture, positions, waves
+from .registry import register_module
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -24,8 +27,8 @@ LEAST = 1e-4  # an error below this counts as none
 
 
 @register_module
-class OrderedResampler(Resampler):
-    """Registers that read the features in order, each the ones before it: exact prefixes and a halting head.
+class OrderedResampler(Calibrated, Resampler):
+    """Registers that read the features in order, each those before it too, and a head that tells how many do.
 
     Features of a frozen vision encoder (B, N, D) on a grid of any shape become up to `tokens` tokens of the
     same width, in front of the host's projector. The compressor of this project, made of published parts:
@@ -94,7 +97,7 @@ class OrderedResampler(Resampler):
         super().__init__(config)
         c = config
         for width, heads in ((c.width, c.heads), (c.decoder_width, c.decoder_heads)):
-            if width % 4 or width % heads:
+            if heads < 1 or width < 1 or width % 4 or width % heads:
                 raise ValueError(f"a width is a multiple of 4 and of its heads, not {width} with {heads}")
         if c.tokens < 1 or c.tail < 0:
             raise ValueError(
@@ -103,8 +106,7 @@ class OrderedResampler(Resampler):
         self.schedule = DropSchedule(c.drop, c.levels)
         Pyramid((1, 1), 1, c.start)  # raises ValueError for an unknown start
         every = c.tokens + c.tail
-        self.register_buffer("mean", torch.zeros(c.in_width))
-        self.register_buffer("std", torch.ones(c.in_width))
+        self._uncalibrated(c.in_width)
         self.input_proj = nn.Linear(c.in_width, c.width)
         self.registers = nn.Parameter(torch.randn(every, c.width))
         self.mixture = mixture(every, c.heads, c.order)
@@ -120,10 +122,6 @@ class OrderedResampler(Resampler):
         for last in (self.out_proj, self.decoder.out_proj):  # averages alone are what a fresh module tells
             nn.init.zeros_(last.weight)
 
-    @property
-    def out_width(self) -> int:
-        return self.config.in_width
-
     def counts(self, n: int) -> range:
         return range(1, min(self.config.tokens, n) + 1)
 
@@ -134,13 +132,6 @@ class OrderedResampler(Resampler):
 
         self._checked_halting(epsilon, confidence)
         return FromModule(self, epsilon, confidence)
-
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Takes mean and standard deviation of each channel from features (..., D) of many images."""
-        x = x.flatten(0, -2).float()
-        self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0).clamp(min=1e-4 * float(x.std()) + 1e-8))
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         k = self.checked(x, grid, k, levels)
@@ -165,10 +156,6 @@ class OrderedResampler(Resampler):
             hidden = block(reader(hidden, context, weights), earlier)
         tokens = cells + self.out_proj(hidden).float()
         return tokens, hidden, left
-
-    def units(self, x: Tensor) -> Tensor:
-        """Features in calibrated units, float32."""
-        return (x.float() - self.mean.float()) / self.std.float()
 
     def features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, k, D) from calibrated units to those of the features; `told` is its inverse."""
@@ -275,8 +262,9 @@ class OrderedResampler(Resampler):
     def _checked_halting(self, epsilon: float | None, confidence: float | None) -> tuple[float, float]:
         epsilon = self.config.epsilon if epsilon is None else epsilon
         confidence = self.config.confidence if confidence is None else confidence
-        if not epsilon > 0 or not 0 < confidence < 1:
+        fine = all(isinstance(value, Real) and value is not True for value in (epsilon, confidence))
+        if not fine or not epsilon > 0 or not 0 < confidence < 1:
             raise ValueError(
-                f"epsilon is positive and confidence between 0 and 1, not {epsilon} and {confidence}"
+                f"epsilon is positive and confidence between 0 and 1, not {epsilon!r} and {confidence!r}"
             )
         return epsilon, confidence

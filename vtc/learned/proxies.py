@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,77 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformer import initialise
-from .base import Grid, Resampler, register_module
-from .proxy_windows import check_tiling, check_windows, merge, partition, pooled
+from .base import Grid, Resampler
+from .grids import from_windows
+from .proxy_injection import Injection, ProjectedAttention
+from .proxy_windows import check_tiling, check_windows, partition, pooled
+from .registry import register_module
 from .replacement import (
     AttentionReplacement,
     HostAttention,
-    attend,
     attention_flops,
     check_grid,
     check_heads,
-    put,
     zero,
 )
-
-
-class ProjectedAttention(nn.Module):
-    """Multi-head attention with the parameter names of diffusers: to_q, to_k, to_v, to_out.0."""
-
-    def __init__(self, width: int, heads: int, bias: bool = False, context: int | None = None) -> None:
-        super().__init__()
-        self.heads = heads
-        context = context or width
-        self.to_q = nn.Linear(width, width, bias=bias)
-        self.to_k = nn.Linear(context, width, bias=bias)
-        self.to_v = nn.Linear(context, width, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, width) over context (B, S, its width), or over itself; mask: the bias of `attend`."""
-        return self.to_out[0](self.attended(*self.projected(x, context), mask))
-
-    def projected(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of x, keys and values of context."""
-        context = x if context is None else context
-        return self.to_q(x), self.to_k(context), self.to_v(context)
-
-    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return attend(q, k, v, self.heads, mask)
-
-    def start_from(self, host: HostAttention) -> None:
-        layers = (self.to_q, self.to_k, self.to_v)
-        for layer, weight, bias in zip(layers, host.qkv.chunk(3), host.qkv_bias.chunk(3), strict=True):
-            put(layer, weight, bias)
-        put(self.to_out[0], host.out, host.out_bias)
-
-
-class Injection(nn.Module):
-    """What the modules with proxy tokens have in common: proxies of windows that attend to each other, are
-    read by all tokens, and are added through a layer that is zero at first (arXiv:2409.04005).
-
-    c: a Config with width, heads, window, proxies, pool and bias.
-    """
-
-    def _make(self, c, inject: bool = True) -> None:
-        check_heads(c)
-        check_windows(c.window, c.proxies, c.pool)
-        if inject:
-            self.proxy_norm1, self.proxy_cross_norm = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-            self.norm_before = nn.LayerNorm(c.width)
-            self.proxy_attn1 = ProjectedAttention(c.width, c.heads, c.bias)
-            self.pvisual_attn2 = ProjectedAttention(c.width, c.heads, c.bias)
-            self.linear_1_visual = nn.Linear(c.width, c.width)
-        self.attn1 = ProjectedAttention(c.width, c.heads, c.bias)
-
-    def injected(self, x: Tensor, grid: Grid) -> Tensor:
-        """What the proxies tell each token: (B, N, width)."""
-        c = self.config
-        proxies = pooled(partition(x, grid, c.window), c.window, c.proxies, c.pool, self.training)
-        proxies = proxies.flatten(1, 2)
-        proxies = proxies + self.proxy_attn1(self.proxy_norm1(proxies))  # (B, windows * proxies^2, width)
-        told = self.pvisual_attn2(self.norm_before(x), self.proxy_cross_norm(proxies))
-        return self.linear_1_visual(told)
 
 
 @register_module
@@ -142,7 +85,7 @@ class ProxyAttention(AttentionReplacement, Injection):
             zero(self.linear_1_visual)
 
     def start_from(self, attention: HostAttention | nn.Module) -> None:
-        host = self._host(attention, self.config.width, self.config.heads)
+        host = HostAttention.fitting(attention, self.name, self.config.width, self.config.heads)
         host.check(bias=self.config.bias)
         for part in self.children():
             if isinstance(part, ProjectedAttention):
@@ -181,7 +124,7 @@ class ProxyAttention(AttentionReplacement, Injection):
             bias = self._counts(windows).repeat(b, 1)[:, None, None]  # (B * P, 1, 1, prefix + S)
         read = torch.cat([first[:, None].expand(-1, p, -1, -1), read], 2).flatten(0, 1)
         out = self.attn1.attended(windows.flatten(0, 1), *read.chunk(2, -1), bias).unflatten(0, (b, p))
-        out = merge(out, grid, c.window)
+        out = from_windows(out, grid, c.window)
         if c.prefix:
             out = torch.cat([self.attn1.attended(q[:, : c.prefix], k, v), out], 1)
         out = self.attn1.to_out[0](out)
@@ -229,8 +172,7 @@ class ProxyProjector(Resampler):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config
-        if c.in_width % c.heads:
-            raise ValueError(f"{c.heads} heads do not divide a width of {c.in_width}")
+        check_heads(c.in_width, c.heads)
         check_windows(c.window, c.proxies, c.pool)
         self.proxy_norm1 = nn.LayerNorm(c.in_width)
         self.proxy_attn1 = ProjectedAttention(c.in_width, c.heads, bias=True)
@@ -259,12 +201,12 @@ class ProxyProjector(Resampler):
         check_tiling(grid, self.config.window)
         return self.counts(grid[0] * grid[1])
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         """(B, k, out_width), row by row of the proxies' own grid where `pool` is "block_mean"."""
         c = self.config
         self.checked(x, grid, k, levels)
         windows = partition(x, grid, c.window)  # (B, P, window^2, width)
         proxies = pooled(windows, c.window, c.proxies, c.pool, self.training)  # (B, P, proxies^2, width)
         rows, columns = (side // c.window * c.proxies for side in grid)
-        proxies = merge(proxies, (rows, columns), c.proxies)  # (B, k, width)
+        proxies = from_windows(proxies, (rows, columns), c.proxies)  # (B, k, width)
         return self.projector(proxies + self.proxy_attn1(self.proxy_norm1(proxies)))

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformer import initialise
-from .base import Grid, LearnedModule, register_module
-from .proxies import Injection, ProjectedAttention
-from .proxy_windows import merge, partition
+from .base import Grid, LearnedModule
+from .grids import from_windows
+from .proxy_injection import Injection, ProjectedAttention
+from .proxy_windows import partition
+from .registry import register_module
 from .replacement import check_grid, zero
 
 ACTIVATIONS = ("geglu", "gelu-approximate")
@@ -44,8 +46,9 @@ class ProxyBlock(LearnedModule, Injection):
     Parameters are those of the code in Ascend/MindSpeed-MM; no weights are published.
 
     Departures: one frame; tokens row by row, not window by window. `text_width` None is a block that reads
-    no text, where that code fails. There the times of a batch's pictures are mixed up; here each picture is
-    modulated by its own.
+    no text, where that code fails. There proxies are read as if they were as wide as the text, which must
+    then be as wide as tokens; here it need not be. There the times of a batch's pictures are mixed up; here
+    each picture is modulated by its own.
     """
 
     name = "proxy-block"
@@ -109,7 +112,7 @@ class ProxyBlock(LearnedModule, Injection):
         x = x + self.injected(x, grid)
         windows = partition(_modulate(self.norm1(x), attention), grid, c.window)  # (B, P, n, width)
         read = self.attn1(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
-        x = x + _gate(merge(read, grid, c.window), attention)
+        x = x + _gate(from_windows(read, grid, c.window), attention)
         if c.shifted:
             x = x + self.linear_2(_gate(self._shifted(x, grid, own), own))
         if text is not None:
@@ -124,7 +127,7 @@ class ProxyBlock(LearnedModule, Injection):
         mask = wrap_mask(grid, window, x.device)[:, None]  # (P, 1, n, n)
         mask = mask.repeat(len(x), 1, 1, 1)  # pictures times windows, as they lie in the batch below
         read = self.attn3(windows.flatten(0, 1), mask=mask).unflatten(0, windows.shape[:2])
-        return roll(merge(read, grid, window), grid, by)
+        return roll(from_windows(read, grid, window), grid, by)
 
     def _modulation(self, time: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Shift, scale and gate, (B, 3, width), of the windows, the shifted windows and the network."""

@@ -6,24 +6,19 @@ import torch
 from torch import Tensor
 
 from .base import Grid
-from .grids import from_windows
 from .grids import windows as windows_of
 
 POOLS = ("strided_mean", "block_mean", "first", "random")
 
 
 def partition(x: Tensor, grid: Grid, window: int) -> Tensor:
-    """(B, N, width) to (B, P, window * window, width), windows and their tokens row by row.
+    """(B, N, width) to (B, P, window * window, width), windows and their tokens row by row. The inverse is
+    `grids.from_windows`.
 
     Raises ValueError for a grid that windows do not tile.
     """
     check_tiling(grid, window)
     return windows_of(x, grid, window)
-
-
-def merge(windows: Tensor, grid: Grid, window: int) -> Tensor:
-    """The inverse of `partition`."""
-    return from_windows(windows, grid, window)
 
 
 def pooled(windows: Tensor, window: int, proxies: int, pool: str, training: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,6 @@ class AttentionReplacement(LearnedModule):
         """Operations for one picture of a grid: 2 m n k for each product of matrices, which is the convention
         of torch's FlopCounterMode; folding, norms and softmaxes are not counted."""
         raise NotImplementedError
-
-    def _host(self, attention: HostAttention | nn.Module, width: int, heads: int) -> HostAttention:
-        host = attention if isinstance(attention, HostAttention) else HostAttention.of(attention)
-        if (host.width, host.heads) != (width, heads):
-            raise ValueError(
-                f"{self.name} has width {width} and {heads} heads; the attention to start from has width "
-                f"{host.width} and {host.heads} heads"
-            )
-        return host
 
 
 class HostAttention(NamedTuple):
@@ -98,6 +89,19 @@ class HostAttention(NamedTuple):
                 f"tokens of {out.out_features}"
             )
         return cls(heads, qkv, bias.detach(), *_linear(out))
+
+    @classmethod
+    def fitting(
+        cls, attention: HostAttention | nn.Module, name: str, width: int, heads: int
+    ) -> HostAttention:
+        """The same for a module of that name, width and number of heads. Raises ValueError for others."""
+        host = attention if isinstance(attention, HostAttention) else cls.of(attention)
+        if (host.width, host.heads) != (width, heads):
+            raise ValueError(
+                f"{name} has width {width} and {heads} heads; the attention to start from has width "
+                f"{host.width} and {host.heads} heads"
+            )
+        return host
 
     def check(self, **options: bool) -> None:
         """Raises ValueError where a bias that is not zero has no place."""
@@ -156,16 +160,6 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2).flatten(2)
 
 
-def as_map(x: Tensor, grid: Grid) -> Tensor:
-    """(B, N, width) to (B, width, rows, columns)."""
-    return x.transpose(1, 2).unflatten(2, grid)
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """(B, width, rows, columns) to (B, N, width)."""
-    return x.flatten(2).transpose(1, 2)
-
-
 def check_grid(name: str, x: Tensor, grid: Grid, width: int, prefix: int = 0) -> None:
     """Raises ValueError for x that is not (B, prefix + rows * columns, width)."""
     if x.dim() != 3 or x.shape[1:] != (prefix + grid[0] * grid[1], width) or min(grid) < 1:
@@ -175,6 +169,6 @@ def check_grid(name: str, x: Tensor, grid: Grid, width: int, prefix: int = 0) ->
         )
 
 
-def check_heads(config: Any) -> None:
-    if config.width % config.heads:
-        raise ValueError(f"{config.heads} heads do not divide a width of {config.width}")
+def check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}")

@@ -7,27 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tokens import Reduction
+from ..tokens import Reduction, gather
 from ..transformer import blocks, initialise, run
-from .base import Grid, Resampler, register_module
+from .base import Grid, Resampler
+from .calibrated import Calibrated
 from .in_encoder import BetweenBlocks
 from .reading import positions
+from .registry import register_module
 
 
 class Selector(BetweenBlocks, Resampler):
     """Tokens that stay as they are, chosen by scores that are learned. A subclass defines `scores`.
 
-    Each kind is trained by losses of its own, and then works at any stage. Or by whatever loss a host has,
-    such as stage "distill" of `vtc train`: in training mode the choice is drawn (the highest with Gumbel
-    noise, which draws without replacement), and those chosen are scaled by a one whose gradient is that of
-    their scores.
+    Each kind is trained by losses of its own, and then works at any stage. It may also learn from the loss of
+    a host, as in stage "distill" of `vtc train`, which is in neither paper: in training mode exactly k tokens
+    are drawn (the highest scores with Gumbel noise, which draws without replacement), and those drawn are
+    scaled by a one whose gradient is that of their scores.
     """
 
     any_number = True
-
-    @property
-    def out_width(self) -> int:
-        return self.config.in_width
 
     def scores(self, x: Tensor, grid: Grid) -> Tensor:
         """How much each token should stay: (B, N) float32, the same order as the probability to stay."""
@@ -55,7 +53,7 @@ class Selector(BetweenBlocks, Resampler):
 
 
 @register_module
-class ReconstructingSelector(Selector):
+class ReconstructingSelector(Calibrated, Selector):
     """Keeps the features from which the others can be told (Adaptive Token Reduction, arXiv:2503.16660).
 
     A transformer gives each token of a vision encoder two logits, to go and to stay. In training a choice is
@@ -98,27 +96,15 @@ class ReconstructingSelector(Selector):
             raise ValueError(
                 f"keep is a share of tokens above 0 and temperature positive, not {c.keep}, {c.temperature}"
             )
-        self.register_buffer("mean", torch.zeros(c.in_width))
-        self.register_buffer("std", torch.ones(c.in_width))
+        self._uncalibrated(c.in_width)
         self.selector = _Transformer(c, 2)
         self.masked = nn.Parameter(torch.zeros(c.in_width))
         self.reconstructor = _Transformer(c, c.in_width)
         initialise(self, c.width**-0.5)
 
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Takes mean and standard deviation of each channel from features (..., D) of many images."""
-        x = x.flatten(0, -2).float()
-        self.mean.copy_(x.mean(0))
-        self.std.copy_(x.std(0).clamp(min=1e-4 * float(x.std()) + 1e-8))
-
-    def units(self, x: Tensor) -> Tensor:
-        """Features in calibrated units, in the dtype of the weights."""
-        return ((x.float() - self.mean.float()) / self.std.float()).to(self.dtype)
-
     def logits(self, x: Tensor, grid: Grid) -> Tensor:
         """To go and to stay: (B, N, 2)."""
-        return self.selector(self.units(x), grid).float()
+        return self.selector(self.units(x).to(self.dtype), grid).float()
 
     def scores(self, x: Tensor, grid: Grid) -> Tensor:
         go, stay = self.logits(x, grid).unbind(2)
@@ -131,8 +117,8 @@ class ReconstructingSelector(Selector):
 
     def reconstruct(self, x: Tensor, grid: Grid, mask: Tensor) -> Tensor:
         """All features (B, N, D) in calibrated units, from those where mask (B, N) is 1."""
-        mask = mask[..., None].to(self.dtype)
-        return self.reconstructor(mask * self.units(x) + (1 - mask) * self.masked, grid).float()
+        mask, units = mask[..., None].to(self.dtype), self.units(x).to(self.dtype)
+        return self.reconstructor(mask * units + (1 - mask) * self.masked, grid).float()
 
     def training_loss(
         self, x: Tensor, grid: Grid, generator: torch.Generator | None = None
@@ -141,7 +127,7 @@ class ReconstructingSelector(Selector):
         the share of tokens kept beyond `keep`."""
         self.checked(x, grid)
         mask = gumbel_choice(self.logits(x, grid), self.config.temperature, generator)[..., 1]  # (B, N)
-        off = self.reconstruct(x, grid, mask) - self.units(x).float()
+        off = self.reconstruct(x, grid, mask) - self.units(x)
         beyond = mask.mean(1).clamp(min=self.config.keep) - self.config.keep
         return {
             "reconstruction": off.square().mean(),
@@ -164,73 +150,6 @@ class _Transformer(nn.Module):
         return self.head(self.ln_post(run(self.blocks, x)))
 
 
-@register_module
-class LearnedScorer(Selector):
-    """A small MLP that tells which tokens can go at some block of an encoder (DynamicViT, arXiv:2106.02034).
-
-    Parameter names are those of `score_predictor.<stage>` of the published models (MIT), of which the first
-    stage's is loaded; `Staged` loads all. It reads tokens without CLS: half of the channels of each, and the
-    other half averaged over the tokens that are still there. At inference `forward` keeps the k best,
-    (B, N, D) to (B, k, D).
-
-    In training nothing is removed: `decide` draws a choice, `policy_softmax` keeps others from looking at
-    tokens that went, and `ratio_loss` and `token_distillation` go beside the task's own loss. That forward
-    with all tokens is the trainer's own; `vtc.compress()` always removes tokens.
-
-    Departures: where no token is left in an image their average is zero, not NaN; tokens stay in the order of
-    the grid where the official code sorts them by score; and the number of tokens is that of the input where
-    it is that of 224 pixels.
-    """
-
-    name = "learned-scorer"
-    whole_grid = False
-    schedule = "staged"
-    paper = "arXiv:2106.02034"
-    weights = "MIT"
-    prefixes = ("score_predictor.0.",)
-
-    @dataclass(frozen=True)
-    class Config:
-        in_width: int = 384
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        c = config.in_width
-        if c % 4:
-            raise ValueError(f"in_width is a multiple of 4, not {c}")
-        self.in_conv = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU())
-        self.out_conv = nn.Sequential(
-            nn.Linear(c, c // 2),
-            nn.GELU(),
-            nn.Linear(c // 2, c // 4),
-            nn.GELU(),
-            nn.Linear(c // 4, 2),
-            nn.LogSoftmax(dim=-1),
-        )
-
-    def log_probabilities(self, x: Tensor, there: Tensor | None = None) -> Tensor:
-        """Of tokens (B, N, D) to stay and to go: (B, N, 2). there: (B, N), 1 for those not gone earlier."""
-        there = x.new_ones(x.shape[:2]) if there is None else there.to(x.dtype)
-        own, shared = self.in_conv(x).chunk(2, dim=2)
-        shared = (shared * there[..., None]).sum(1, keepdim=True) / there.sum(1).clamp(min=1)[:, None, None]
-        return self.out_conv(torch.cat([own, shared.expand_as(own)], 2))
-
-    def scores(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.log_probabilities(x)[..., 0].float()
-
-    def decide(
-        self, x: Tensor, there: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws which tokens stay, straight through: ones and zeros (B, N). Those gone earlier are gone."""
-        drawn = gumbel_choice(self.log_probabilities(x, there), 1.0, generator)[..., 0]
-        return drawn if there is None else drawn * there
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """The tokens of x (B, N, D) at index (B, k): (B, k, D)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-
-
 def gumbel_choice(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """Draws one of the last dimension with the probabilities of logits: ones and zeros, with the gradient of
     the soft choice (straight through). A generator is one of the CPU."""
@@ -243,31 +162,3 @@ def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Gumbel noise of a tensor's shape, float32. A generator is one of the CPU."""
     uniform = torch.rand(like.shape, generator=generator, device="cpu" if generator else like.device)
     return -(-uniform.clamp(1e-10, 1 - 1e-7).log()).log().to(like.device)
-
-
-def stage_counts(n: int, keep: float, stages: int = 3) -> list[int]:
-    """How many of n tokens stay at each stage: the share `keep` of those before it, rounded down."""
-    return [int(n * keep**stage) for stage in range(1, stages + 1)]
-
-
-def policy_softmax(logits: Tensor, there: Tensor, eps: float = 1e-6) -> Tensor:
-    """The weights of attention logits (B, heads, M, M) where nobody but themselves looks at tokens that are
-    gone: there (B, M) is 0 for those. In float32, and differentiable in `there`."""
-    there, m = there.float(), logits.shape[-1]
-    seen = there[:, None, None, :]  # (B, 1, 1, M)
-    seen = seen + (1 - seen) * torch.eye(m, device=logits.device)
-    logits = logits.float()
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * seen
-    return (weights + eps / m) / (weights.sum(-1, keepdim=True) + eps)
-
-
-def ratio_loss(decisions: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    """How far the share of kept tokens of each image, (B, N) for each stage, is from that wanted: squared."""
-    off = [(kept.mean(1) - share).square().mean() for kept, share in zip(decisions, shares, strict=True)]
-    return torch.stack(off).mean()
-
-
-def token_distillation(student: Tensor, teacher: Tensor, there: Tensor) -> Tensor:
-    """The mean square difference of tokens (B, N, D) from the teacher's, of those that are there (B, N)."""
-    off = (student - teacher.detach()).square().mean(2) * there.detach()
-    return off.sum() / there.detach().sum().clamp(min=1)

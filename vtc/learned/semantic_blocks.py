@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Grid
+from .grids import as_map, as_tokens, from_windows
 from .mlp import Mlp
-from .proxy_windows import check_tiling, merge, partition
-from .replacement import as_map, attend
+from .proxy_windows import check_tiling, partition
+from .replacement import attend
 
 POOLS = {"max": F.adaptive_max_pool2d, "mean": F.adaptive_avg_pool2d}
 LAYER_SCALE = 1e-5  # at first
@@ -54,7 +55,7 @@ class SemanticBlock(nn.Module):
         if self.window is not None:
             windows = partition(normed, grid, self.window)  # (B, P, n, width)
             read = self.attn(windows.flatten(0, 1), windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
-            read = merge(read, grid, self.window)
+            read = from_windows(read, grid, self.window)
         else:
             read = self.attn(normed, normed if y is None else self.norm1(y))
         return self.finish(x + self.layer_scale_1 * read)
@@ -83,14 +84,12 @@ class SemanticAttentionBlock(SemanticBlock):
         windows = partition(x, grid, self.side)  # (B, P, n, width)
         b, p = windows.shape[:2]
         maps = as_map(windows.flatten(0, 1), (self.side, self.side))
-        pooled = (
-            POOLS[self.pool](maps, (self.sample, self.sample)).flatten(2).transpose(1, 2)
-        )  # (B * P, s, width)
+        pooled = as_tokens(POOLS[self.pool](maps, (self.sample, self.sample)))  # (B * P, sample^2, width)
         read = torch.cat([pooled, areas(x, grid, self.side, self.area).flatten(0, 1)], 1)
         told = self.layer_scale_1 * self.attn(self.norm1(pooled), self.norm1(read))
         told = pooled + told if self.shortcut else told
-        told = merge(told.unflatten(0, (b, p)), semantic_grid(grid, self.side, self.sample), self.sample)
-        return self.finish(told)
+        own = semantic_grid(grid, self.side, self.sample)
+        return self.finish(from_windows(told.unflatten(0, (b, p)), own, self.sample))
 
 
 def semantic_grid(grid: Grid, window: int, sample: int) -> Grid:

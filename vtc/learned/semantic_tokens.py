@@ -1,24 +1,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..transformer import initialise
-from .base import Grid, LearnedModule, Resampler, register_module, square
+from .base import Grid, LearnedModule, Resampler, square
 from .in_encoder import BetweenBlocks
-from .replacement import check_grid
+from .registry import register_module
+from .replacement import check_grid, check_heads
 from .semantic_blocks import POOLS, SemanticAttentionBlock, SemanticBlock, check_area, semantic_grid
 
 
 class _Semantic(nn.Module):
     """The first two blocks, which make semantic tokens, as parameters `blocks.1` and `blocks.2`."""
 
-    def _make(self, c, width: int) -> None:
-        if width % c.heads:
-            raise ValueError(f"{c.heads} heads do not divide a width of {width}")
+    def _make(self, c: Any, width: int) -> None:
+        check_heads(width, c.heads)
         if c.pool not in POOLS:
             raise ValueError(f"pool is one of {', '.join(POOLS)}, not {c.pool!r}")
         if not 1 <= c.sample <= c.window <= c.area:
@@ -51,12 +53,11 @@ class _Semantic(nn.Module):
 
 @register_module
 class SemanticTokens(BetweenBlocks, Resampler, _Semantic):
-    """Semantic tokens as the image's tokens (STViT, arXiv:2303.08685): pooled tokens of windows read what is
-    around them, then all of the image.
+    """Pooled tokens of windows, which read what is around them and then all of the image (STViT).
 
-    Starts as pooled tokens to 1e-5, and where there are `centres` as pooled tokens plus those. Parameters
-    have the names they have in `Dumbbell`. Gives sample^2 / window^2 of the tokens, of grids that windows
-    tile.
+    Semantic tokens (arXiv:2303.08685) as the image's tokens. Starts as pooled tokens to 1e-5, and where there
+    are `centres` as pooled tokens plus those. Parameters have the names they have in `Dumbbell`. Gives
+    sample^2 / window^2 of the tokens, of grids that windows tile.
     """
 
     name = "semantic-tokens"
@@ -85,10 +86,6 @@ class SemanticTokens(BetweenBlocks, Resampler, _Semantic):
         self._make(config, config.in_width)
         initialise(self)
 
-    @property
-    def out_width(self) -> int:
-        return self.in_width
-
     def counts(self, n: int) -> list[int]:
         return self.counts_for(square(n))
 
@@ -96,7 +93,7 @@ class SemanticTokens(BetweenBlocks, Resampler, _Semantic):
         check_area(grid, self.config.window, self.config.area)
         return [math.prod(semantic_grid(grid, self.config.window, self.config.sample))]
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         """(B, k, in_width), row by row of the semantic tokens' own map."""
         self.checked(x, grid, k, levels)
         return self.semantic(x, grid)
@@ -104,10 +101,11 @@ class SemanticTokens(BetweenBlocks, Resampler, _Semantic):
 
 @register_module
 class Dumbbell(LearnedModule, _Semantic):
-    """STViT-R's dumbbell unit without its first block (arXiv:2303.08685): semantic tokens are made, attend
-    within windows and globally, and all tokens read them. (B, N, width) in and out.
+    """Semantic tokens that attend to each other and are read by all tokens again (STViT-R's dumbbell unit).
 
-    For the place of some layers of an encoder, or behind one: starts as the identity to 1e-5 of what is read.
+    The unit of arXiv:2303.08685 without its first block: semantic tokens are made, attend within windows and
+    globally, and all tokens read them. (B, N, width) in and out. For the place of some layers of an encoder,
+    or behind one: starts as the identity to 1e-5 of what is read.
 
     Parameters are those of the official code (blocks 1 to 5 of a unit of changsn/STViT-R; the first, block 0,
     is one of Swin). `rename` takes a unit's blocks from a published model's third stage; other units than the

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from ..schedule import Budget
 from ..tokens import Reduction, Tokens
-from .base import Grid, Resampler, build, get_module, register_module
+from .base import Grid, Resampler
 from .in_encoder import BetweenBlocks, InEncoder
+from .registry import build, get_module, register_module
 
 
 @register_module
 class Staged(BetweenBlocks, Resampler):
-    """A module for each of several blocks of an encoder: DynamicViT's scorers (arXiv:2106.02034), SiT's token
-    slimming modules (arXiv:2111.12624).
+    """A module for each of several blocks of an encoder, as DynamicViT and SiT have them.
+
+    DynamicViT's scorers (arXiv:2106.02034), or SiT's token slimming modules (arXiv:2111.12624):
 
         build("staged", module="learned-scorer", blocks=(2, 5, 8), options=({"in_width": 384},))
         sizes = tuple({"in_width": 320, "tokens": k} for k in (98, 49, 24))
@@ -29,6 +31,8 @@ class Staged(BetweenBlocks, Resampler):
     """
 
     name = "staged"
+    paper = "arXiv:2106.02034, arXiv:2111.12624"
+    weights = "as of its modules"
     stages = ("encoder",)
     whole_grid = False
 
@@ -70,7 +74,7 @@ class Staged(BetweenBlocks, Resampler):
     def counts(self, n: int) -> Sequence[int]:
         return self.parts[-1].counts(n)
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         """What the last of them makes of x, without blocks in between."""
         return self.parts[-1](x, grid, k, levels)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..transformer import initialise
-from .base import Grid, Resampler, register_module, square
+from .base import Grid, Resampler, square
+from .grids import as_map, as_tokens
 from .in_encoder import BetweenBlocks
+from .registry import register_module
 from .replacement import (
     AttentionReplacement,
     HostAttention,
-    as_map,
-    as_tokens,
     attention_flops,
     check_grid,
     check_heads,
@@ -96,7 +97,7 @@ class SuperTokenAttention(AttentionReplacement):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config
-        check_heads(c)
+        check_heads(c.width, c.heads)
         if c.prefix and c.refine != "attention":
             raise ValueError(f"tokens in front take part in refine='attention' only, not {c.refine!r}")
         if c.refine not in REFINES:
@@ -117,7 +118,7 @@ class SuperTokenAttention(AttentionReplacement):
     def start_from(self, attention: HostAttention | nn.Module) -> None:
         if self.config.refine != "attention":
             raise ValueError(f"only refine='attention' starts from an attention, not {self.config.refine!r}")
-        host = self._host(attention, self.config.width, self.config.heads)
+        host = HostAttention.fitting(attention, self.name, self.config.width, self.config.heads)
         host.check(qkv_bias=self.config.qkv_bias)
         self.stoken_refine.start_from(host)
 
@@ -179,8 +180,7 @@ class SuperTokens(BetweenBlocks, Resampler):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         c = config
-        if c.in_width % c.heads:
-            raise ValueError(f"{c.heads} heads do not divide a width of {c.in_width}")
+        check_heads(c.in_width, c.heads)
         if c.rounds < 1:
             raise ValueError(f"rounds is at least 1, not {c.rounds}")
         self.norm = nn.LayerNorm(c.in_width)
@@ -188,17 +188,13 @@ class SuperTokens(BetweenBlocks, Resampler):
         initialise(self)
         zero(self.stoken_refine.proj)
 
-    @property
-    def out_width(self) -> int:
-        return self.in_width
-
     def counts(self, n: int) -> list[int]:
         return self.counts_for(square(n))
 
     def counts_for(self, grid: Grid) -> list[int]:
         return sorted(_cells(grid))
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         """(B, k, in_width), row by row of the cells."""
         cell = _cells(grid)[self.checked(x, grid, k, levels)]
         # normalised tokens are shared out, so that shares do not depend on the scale of features

@@ -15,7 +15,7 @@ class Assignment:
     gradient. The map is padded on the right and below to whole cells.
 
     masked: super tokens outside of the map get nothing and padding counts for nothing. The official code
-    gives both a part, and the published weights were trained so: then mapping a constant back does not give
+    gives both a part, and its models are trained so: then mapping a constant back does not give
     it at borders.
     """
 
@@ -35,7 +35,7 @@ class Assignment:
                     logits = logits.masked_fill(there[:, :, None] == 0, -torch.inf)
                 self.shares = logits.softmax(-1)
                 self.given = self.shares * real
-                self.total = spread(self.given.sum(2)[:, :, None], self.size) + 1e-12
+                self.total = from_neighbours(self.given.sum(2)[:, :, None], self.size) + 1e-12
                 means = self.gather() if last else means
 
     def gather(self, values: Tensor | None = None) -> Tensor:
@@ -44,7 +44,7 @@ class Assignment:
         values: what to take the means of instead, (B, any width, rows, columns).
         """
         tokens = self.tokens if values is None else self._cells(values)
-        return spread(tokens.transpose(2, 3) @ self.given, self.size) / self.total
+        return from_neighbours(tokens.transpose(2, 3) @ self.given, self.size) / self.total
 
     def scatter(self, super_tokens: Tensor) -> Tensor:
         """Super tokens mapped back onto all tokens, (B, width, rows, columns)."""
@@ -65,6 +65,6 @@ def neighbours(x: Tensor) -> Tensor:
     return F.unfold(x, 3, padding=1).unflatten(1, (-1, 9)).permute(0, 3, 1, 2)
 
 
-def spread(x: Tensor, size: Grid) -> Tensor:
+def from_neighbours(x: Tensor, size: Grid) -> Tensor:
     """The reverse of `neighbours`: (B, R * C, width, 9) summed at the places they belong to."""
     return F.fold(x.permute(0, 2, 3, 1).flatten(1, 2), size, 3, padding=1)

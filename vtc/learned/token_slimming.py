@@ -9,18 +9,21 @@ from torch import Tensor, nn
 
 from ..tokens import Reduction
 from ..transformer import initialise
-from .base import Grid, LearnedModule, Resampler, register_module
+from .base import Grid, LearnedModule, Resampler
 from .in_encoder import BetweenBlocks
 from .mlp import Mlp
+from .registry import register_module
+
+LICENCE = "MIT by the authors' README, Apache-2.0 by their licence file"
 
 
 @register_module
 class TokenSlimming(BetweenBlocks, Resampler):
-    """The token slimming module of SiT (arXiv:2111.12624): each token out is a mean of all tokens, with
-    weights that every token gives itself by a small network and that sum to 1.
+    """Means of all tokens, by weights that each gives itself with a small network (SiT's token slimming).
 
-    A set goes in: the order of tokens changes nothing. Parameters are those of the official code (`tsm.0` and
-    so on of a model). The number of tokens is a size of the last layer, so there is one for each module.
+    The module of arXiv:2111.12624; the weights of each token out sum to 1. A set goes in: the order of tokens
+    changes nothing. Parameters are those of the official code, of which a model's `tsm.0` is loaded; `Staged`
+    loads all. The number of tokens is a size of the last layer, so there is one for each module.
 
     Fresh, all tokens out are about the mean of the tokens in. `start_from` some features fits the last layer
     so that they start as means of blocks of the grid, as near as features tell where they are from. The
@@ -30,6 +33,8 @@ class TokenSlimming(BetweenBlocks, Resampler):
 
     name = "token-slimming"
     paper = "arXiv:2111.12624"
+    weights = LICENCE
+    prefixes = ("tsm.0.",)
     whole_grid = False
 
     @dataclass(frozen=True)
@@ -52,14 +57,10 @@ class TokenSlimming(BetweenBlocks, Resampler):
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
         initialise(self)
 
-    @property
-    def out_width(self) -> int:
-        return self.in_width
-
     def counts(self, n: int) -> list[int]:
         return [self.config.tokens]
 
-    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: tuple[Tensor, ...] = ()) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         self.checked(x, grid, k, levels)
         return self.slim(x)
 
@@ -154,14 +155,16 @@ def _places(mix: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_module
 class ReverseSlimming(LearnedModule):
-    """SiT's reverse token slimming module (arXiv:2111.12624): `tokens` slimmed tokens back to `recovered`.
+    """Slimmed tokens back to as many as there were (the reverse token slimming module of SiT).
 
-    In training only, one after every layer that has fewer tokens than the teacher. Parameters are those of
-    the official code (`rtsm.0` and so on).
+    Of arXiv:2111.12624: `tokens` become `recovered`. In training only, one after every layer that has fewer
+    tokens than the teacher. Parameters are those of the official code, of which a model's `rtsm.0` is loaded.
     """
 
     name = "reverse-slimming"
     paper = "arXiv:2111.12624"
+    weights = LICENCE
+    prefixes = ("rtsm.0.",)
 
     @dataclass(frozen=True)
     class Config:

@@ -16,6 +16,7 @@ from ..learned.replacement import HostAttention
 from ..method import get_method
 from ..record import Record, Tile
 from ..threads import ByThread
+from .adapted import Adapted
 from .features import FeaturesStage
 from .memory import MemoryStage
 
@@ -43,6 +44,8 @@ class AttentionStage:
         self.sites = [_Site(self, block) for block in module.parts]
         # of a prompt's images there are records as of the features stage
         self._prompts = _recorder(opened) if isinstance(opened, Vision) else None
+        self.vision = opened
+        self.adapted = Adapted.of(self, module) if isinstance(opened, Vision) else None
         self._entry: Any = None
         self._clear()
 
@@ -71,8 +74,12 @@ class AttentionStage:
             site.install()
         if self._prompts:
             self._prompts.install()
+        if self.adapted:
+            self.adapted.install()
 
     def remove(self) -> None:
+        if self.adapted:
+            self.adapted.remove()
         if self._prompts:
             self._prompts.remove()
         for site in self.sites:

@@ -71,7 +71,7 @@ class FeaturesStage:
         self.source = TowerSource(vision, method.source, self) if method.source is not None else None
         layers = () if method.module is None else method.module.layers
         self.levels = Levels(vision, layers, method.name) if layers else None
-        self.adapted = Adapted(self) if getattr(method.module, "adapter", None) else None
+        self.adapted = Adapted.of(self, method.module)
         self.late = LateProjector(vision.projector) if vision.host.late else None
         reader = Reader(vision.reader) if vision.reader else None
         parts = [*self._captures(), self.shortening, self.late, reader, self.resolution]

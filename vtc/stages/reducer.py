@@ -98,7 +98,9 @@ class Reducer:
             own = reduction.apply(x[..., : self.width])
         if x.shape[-1] == self.width:
             return own.to(x.dtype)
-        if reduction.new is not None:  # which tells nothing of further features of the same tokens
+        if reduction.pruned:  # though its tokens may be new, so that gradients reach what chose them
+            reduction = replace(reduction, new=None)
+        elif reduction.new is not None:  # which tells nothing of further features of the same tokens
             source = _nearest(reduction.index, group[0].tile.grid)
             reduction = Reduction(reduction.index, source)
         return torch.cat([own.to(x.dtype), reduction.apply(x[..., self.width :])], dim=-1)

@@ -18,6 +18,7 @@ from ..record import Record
 from ..schedule import Budget, Schedule
 from ..threads import ByThread
 from ..tokens import Reduction, Tokens
+from .adapted import Adapted
 from .encoder import EncoderStage
 from .features import FeaturesStage
 from .passage import Passage
@@ -53,6 +54,7 @@ class TowerStage:
         self.encoder = _Tower(trunk, method, self._fraction(keep), schedule, None, None, shown, max(read) + 1)
         self.encoder.pooled = not vision.host.resizable
         self.following = _Following(vision, self.encoder)
+        self.adapted = Adapted.of(self, method.module)
 
     @property
     def method(self) -> Method:
@@ -101,8 +103,12 @@ class TowerStage:
     def install(self) -> None:
         self.encoder.install()
         self.following.install()
+        if self.adapted:
+            self.adapted.install()
 
     def remove(self) -> None:
+        if self.adapted:
+            self.adapted.remove()
         self.following.remove()
         self.encoder.remove()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,10 @@ def read_config(source: str | Path | dict[str, Any] | Config, settings: Iterable
     if config.adapter is not None:
         _check_mapping("adapter", config.adapter)
         _check_names("adapter", config.adapter, ("rank", "alpha"))
+        for name, value in config.adapter.items():
+            _checked(f"adapter.{name}", "int" if name == "rank" else "float | None", value)
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is a number from 0 to {2**32 - 1}, not {config.seed}")
     return config
 
 
@@ -174,7 +179,10 @@ def _put(content: dict[str, Any], setting: str) -> None:
         _inside(inner, last, key)
     elif not isinstance(inner, dict):
         raise ValueError(f"--set {key}: there is nothing inside of {'.'.join(path)}")
-    inner[int(last) if isinstance(inner, list) else last] = yaml.safe_load(text)
+    try:
+        inner[int(last) if isinstance(inner, list) else last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}: {text!r} is no value of YAML") from None
 
 
 def _inside(content: Any, step: str, key: str) -> Any:
@@ -191,8 +199,9 @@ def _data(content: Any) -> Data:
     if not content.get("train"):
         raise ValueError("data has no 'train': scenes, jsonl:PATH or datasets:NAME")
     data = _made(Data, "data.", content)
-    if data.questions < 1:
-        raise ValueError(f"data.questions is at least 1, not {data.questions}")
+    for name in ("questions", "n", "n_validation"):
+        if (value := getattr(data, name)) is not None and value < 1:
+            raise ValueError(f"data.{name} is at least 1, not {value}")
     return data
 
 
@@ -225,6 +234,8 @@ def _stage(number: int, content: Any) -> Stage:
     for name, smallest in least.items():
         if (value := getattr(stage, name)) is not None and value < smallest:
             raise ValueError(f"{where}.{name} is at least {smallest}, not {value}")
+    if not 0 <= stage.learning_rate < math.inf:
+        raise ValueError(f"{where}.learning_rate is a number from 0 on, not {stage.learning_rate}")
     if stage.errors not in ERRORS:
         raise ValueError(f"{where}.errors is one of {', '.join(ERRORS)}, not {stage.errors!r}")
     if not (stage.temperature > 0 and stage.kl >= 0 and stage.ce >= 0 and stage.kl + stage.ce > 0):

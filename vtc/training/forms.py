@@ -23,8 +23,8 @@ def check_form(objective: Any, collate: Any, items: list) -> None:
     with torch.enable_grad():
         if not objective.student(batches[1], objective.possible[-1]).requires_grad:
             raise ValueError(
-                f"answers have no gradient for {objective.module.name}, which chooses among tokens: leave "
-                "the stages of kind distill out"
+                f"answers have no gradient for {objective.module.name}, which has nothing to learn: give it "
+                "an adapter, or leave the stages of kind distill out"
             )
     with torch.no_grad():
         _compare(objective, collate, batches)

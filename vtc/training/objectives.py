@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api import Handle, compress, open_host, unwrap
+from ..api import Handle, compress, unwrap
+from ..hosts import open_host
 from ..learned.base import Grid, Resampler
 from .answers import Answers
 from .batches import IGNORED

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..cost import versions
 from ..learned import Resampler
+from ..learned.checkpoints import CONFIG
 from .config import Config, read_config
 
 REPORT = "train.json"
@@ -65,10 +66,14 @@ class _Training:
     def _opened(self) -> dict[str, Any]:
         """What train.json says, of a training that is to go on; ValueError for a folder that is in use."""
         file = self.output / REPORT
+        if self.output.is_file():
+            raise ValueError(f"{self.output} is a file: output is the folder of the finished module")
         shown = json.loads(json.dumps(self.config.shown()))
         if not file.is_file():
             if self.resume and self.output.exists() and any(self.output.iterdir()):
                 raise ValueError(f"{self.output} holds no training to go on with: there is no {REPORT}")
+            if (self.output / CONFIG).is_file():
+                raise ValueError(f"{self.output} holds a model, which would be lost: choose another output")
             return {"config": shown, "stages": {}}
         report = json.loads(file.read_text())
         if not self.resume:
@@ -77,12 +82,32 @@ class _Training:
                 f"{self.output} holds a training with {same} configuration: go on with --resume, or choose "
                 "another output"
             )
-        changed = [name for name in ("model", "module") if report["config"][name] != shown[name]]
+        fixed = ("model", "module", "adapter")
+        changed = [name for name in fixed if report["config"].get(name) != shown[name]]
         if changed:
             raise ValueError(
                 f"{self.output} holds a training with another {' and '.join(changed)}: choose another output"
             )
+        self._check_done(report, shown)
         return report | {"config": shown}
+
+    def _check_done(self, report: dict[str, Any], shown: dict[str, Any]) -> None:
+        """Raises ValueError where a stage that was trained is now another one. The last that was may have
+        more steps than it had, and is then gone on with."""
+        old = {f"{i}-{stage['kind']}": stage for i, stage in enumerate(report["config"]["stages"], 1)}
+        new = dict(zip(self.config.names(), shown["stages"]))
+        last = next(reversed(report["stages"]), None)
+        for name, told in report["stages"].items():
+            now, before = new.get(name), old.get(name, {})
+            if now and (now == before or not told.get("done")):
+                continue
+            if now and name == last and now == before | {"steps": max(now["steps"], told["steps"])}:
+                del told["done"]
+                continue
+            raise ValueError(
+                f"stage {name} was trained already, by other settings than it has now: leave those as they "
+                "were, or go on with the module in another output, as module: {from: ...}"
+            )
 
     def write(self) -> None:
         if self.first:

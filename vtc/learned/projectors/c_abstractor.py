@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, Resampler, register_module
+from ..base import Grid, Resampler
+from ..grids import as_map, as_tokens
+from ..registry import register_module
 
 
 @register_module
@@ -100,13 +102,13 @@ class CAbstractor(Resampler):
             if c.positions != x.shape[1]:
                 raise ValueError(f"{self.name} has positions of {c.positions} tokens, not of {x.shape[1]}")
             x = x + self.pos_emb
-        x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, in_width, rows, columns)
+        x = as_map(x, grid)  # (B, in_width, rows, columns)
         if c.depth:
             x = self.net["0"](x)
         x = F.adaptive_avg_pool2d(x.float(), side).to(x.dtype)
         if c.depth:
             x = self.net["2"](x)
-        x = self.readout(x.flatten(2).transpose(1, 2))
+        x = self.readout(as_tokens(x))
         return torch.cat([x, self.eos_tokens.expand(len(x), -1, -1)], 1) if c.eos_tokens else x
 
 

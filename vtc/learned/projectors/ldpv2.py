@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Grid, Resampler, register_module
+from ..base import Grid, Resampler
+from ..grids import as_map, as_tokens
+from ..registry import register_module
 
 
 @register_module
@@ -67,6 +69,6 @@ class LDPv2(Resampler):
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         k = self.checked(x, grid, k, levels)
-        x = self.mlp(x).unflatten(1, grid).permute(0, 3, 1, 2)  # (B, out_width, rows, columns)
+        x = as_map(self.mlp(x), grid)  # (B, out_width, rows, columns)
         x = F.adaptive_avg_pool2d(x.float(), self.by_count[k]).to(x.dtype)
-        return (self.peg(x) + x).flatten(2).transpose(1, 2)
+        return as_tokens(self.peg(x) + x)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import Grid, Resampler, register_module, square
+from ..base import Grid, Resampler, square
+from ..grids import as_map, as_tokens
+from ..registry import register_module
 
 
 @register_module
@@ -27,6 +29,7 @@ class NestedPool(Resampler):
 
     name = "m3"
     paper = "arXiv:2405.17430"
+    weights = "no parameters"
     place = "behind"
 
     @dataclass(frozen=True)
@@ -38,10 +41,6 @@ class NestedPool(Resampler):
 
     @property
     def in_width(self) -> int:
-        return self.config.width
-
-    @property
-    def out_width(self) -> int:
         return self.config.width
 
     def counts(self, n: int) -> tuple[int, ...]:
@@ -63,5 +62,4 @@ class NestedPool(Resampler):
         side = self._windows(grid)[k]
         if side == 1:
             return x
-        pooled = F.avg_pool2d(x.float().unflatten(1, grid).permute(0, 3, 1, 2), side)
-        return pooled.flatten(2).transpose(1, 2).to(x.dtype)
+        return as_tokens(F.avg_pool2d(as_map(x.float(), grid), side)).to(x.dtype)

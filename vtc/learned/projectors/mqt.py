@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, Resampler, register_module
+from ..base import Grid, Resampler
+from ..registry import register_module
 
 
 @register_module

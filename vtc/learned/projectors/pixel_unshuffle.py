@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, Resampler, register_module
+from ..base import Grid, Resampler
 from ..grids import PADDINGS, from_windows, windows
+from ..registry import register_module
 
 HEADS = ("mlp", "linear")
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, LearnedModule, Resampler, register_module
+from ..base import Grid, LearnedModule, Resampler
 from ..grids import PADDINGS, from_windows, windows
+from ..registry import register_module
 
 
 class Residual(nn.Module):

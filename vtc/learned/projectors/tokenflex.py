@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, Resampler, register_module
-from ..grids import pool
+from ..base import Grid, Resampler
+from ..grids import as_map, as_tokens, pool
+from ..registry import register_module
 
 
 class GatedMLP(nn.Module):
@@ -105,7 +106,7 @@ def _resized_pool(x: Tensor, grid: Grid, k: int) -> Tensor:
     """Averages over n x n equal windows, k = n * n, of the grid enlarged to multiples of n."""
     n = math.isqrt(k)
     size = [-(-side // n) * n for side in grid]
-    y = x.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+    y = as_map(x.float(), grid)  # (B, D, rows, columns)
     if size != [*grid]:
         y = F.interpolate(y, size, mode="bilinear", align_corners=True)
-    return F.adaptive_avg_pool2d(y, n).flatten(2).transpose(1, 2).to(x.dtype)
+    return as_tokens(F.adaptive_avg_pool2d(y, n)).to(x.dtype)

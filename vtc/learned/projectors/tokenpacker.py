@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...transformer import initialise
-from ..base import Grid, Resampler, register_module
-from ..grids import windows
+from ..base import Grid, Resampler
+from ..grids import as_map, as_tokens, windows
+from ..registry import register_module
 
 
 @register_module
@@ -81,9 +82,8 @@ class TokenPacker(Resampler):
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:
         k = self.checked(x, grid, k, levels)
         side = self.config.window
-        coarse = x.float().unflatten(1, grid).permute(0, 3, 1, 2)  # (B, in_width, rows, columns)
-        coarse = F.interpolate(coarse, (grid[0] // side, grid[1] // side), mode="bilinear")
-        q = self.ln_q_1(self.q_proj_1(coarse.flatten(2).transpose(1, 2).to(x.dtype)))  # (B, k, width)
+        coarse = F.interpolate(as_map(x.float(), grid), (grid[0] // side, grid[1] // side), mode="bilinear")
+        q = self.ln_q_1(self.q_proj_1(as_tokens(coarse).to(x.dtype)))  # (B, k, width)
         read = torch.cat([*levels], 2) if levels else x
         key = windows(self.ln_k_1(self.k_proj_1(read)), grid, side)  # (B, k, side², width)
         value = windows(self.ln_v_1(self.v_proj_1(read)), grid, side)

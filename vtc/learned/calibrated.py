@@ -1,0 +1,25 @@
+"""Features in units in which each channel is about 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Calibrated(nn.Module):
+    """What a module inherits, in front of its kind, that knows mean and deviation of its features."""
+
+    def _uncalibrated(self, width: int) -> None:
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Takes mean and standard deviation of each channel from features (..., D) of many images."""
+        x = x.flatten(0, -2).float()
+        self.mean.copy_(x.mean(0))
+        self.std.copy_(x.std(0).clamp(min=1e-4 * float(x.std()) + 1e-8))
+
+    def units(self, x: Tensor) -> Tensor:
+        """Features in calibrated units, float32."""
+        return (x.float() - self.mean.float()) / self.std.float()
