@@ -267,9 +267,10 @@ def grey(images):
 
 TUNABLE = [Halting(), TargetQuality("l1"), TargetQuality("mse"), TargetQuality("psnr", exhaustive=True),
            Complexity(grey), Complexity(grey, lengths=(2, 3, 8))]  # fmt: skip
+NAMES = ["halting", "l1", "mse", "psnr", "grey", "grey of three"]  # the same in every process
 
 
-@pytest.mark.parametrize("policy", TUNABLE, ids=str)
+@pytest.mark.parametrize("policy", TUNABLE, ids=NAMES)
 @pytest.mark.parametrize("mean", [2, 2.35, 4, 5.5, 7.9])
 @pytest.mark.parametrize("kind", [Scripted, Anew])
 def test_a_mean_budget_is_kept_and_used(policy, mean, kind):
@@ -325,7 +326,7 @@ def test_a_budget_for_all_tokens_and_for_the_fewest():
         assert MeanBudget(least, policy).calibrate(tokenizer, images).measured == least
 
 
-@pytest.mark.parametrize("policy", TUNABLE, ids=str)
+@pytest.mark.parametrize("policy", TUNABLE, ids=NAMES)
 def test_a_budget_that_cannot_be_kept_is_refused(policy):
     with pytest.raises(ValueError, match="a mean of 3 tokens"):
         MeanBudget(3, policy).calibrate(Scripted(falling(lengths=3), sizes=(4, 6, 8)), pictures(10))
