@@ -256,8 +256,9 @@ def test_what_it_refuses():
     for options in ({"heads": 3}, {"decoder_width": 10}):
         with pytest.raises(ValueError, match="a width is a multiple of 4 and of its heads"):
             fresh(**options)
-    with pytest.raises(ValueError, match="tokens are 1 or more"):
-        fresh(tokens=0)
+    for options in ({"tokens": 0}, {"depth": 0}, {"order": 0}):
+        with pytest.raises(ValueError, match="tokens, depth and order are 1 or more"):
+            fresh(**options)
     with pytest.raises(ValueError, match="a drop schedule is one of"):
         fresh(drop="none")
     with pytest.raises(ValueError, match="a pyramid is one of"):

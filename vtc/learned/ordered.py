@@ -71,7 +71,7 @@ class OrderedResampler(Calibrated, Resampler):
         cosine     how much 1 - cos counts beside smooth L1
         epsilon    what `halt` allows where nothing is asked for, with probability `confidence`
         error      what the halting head was taught: "features", the decoder's error; "answers", how far the
-                   host's answers from those with all tokens, in nats for each of their words
+                   host's answers are from those with all tokens, in nats for each of their words
         """
 
         in_width: int = 1024
@@ -99,9 +99,10 @@ class OrderedResampler(Calibrated, Resampler):
         for width, heads in ((c.width, c.heads), (c.decoder_width, c.decoder_heads)):
             if heads < 1 or width < 1 or width % 4 or width % heads:
                 raise ValueError(f"a width is a multiple of 4 and of its heads, not {width} with {heads}")
-        if c.tokens < 1 or c.tail < 0:
+        if min(c.tokens, c.depth, c.order) < 1 or c.tail < 0:
             raise ValueError(
-                f"tokens are 1 or more and the tail 0 or more registers, not {c.tokens}, {c.tail}"
+                "tokens, depth and order are 1 or more and the tail 0 or more registers, not "
+                f"{c.tokens}, {c.depth}, {c.order} and {c.tail}"
             )
         self.schedule = DropSchedule(c.drop, c.levels)
         Pyramid((1, 1), 1, c.start)  # raises ValueError for an unknown start
