@@ -19,7 +19,7 @@ from vtc.learned import (
     register_module,
 )
 from vtc.learned.base import square, told
-from vtc.learned.registry import _registry
+from vtc.learned.registry import _modules
 
 
 class First(Resampler):
@@ -58,7 +58,7 @@ def known():
         register_module(cls)
     yield
     for cls in (First, Leveled):
-        _registry.pop(cls.name)
+        _modules.all().pop(cls.name)
 
 
 def weights(module):

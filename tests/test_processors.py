@@ -16,7 +16,7 @@ from vtc.evaluation.board import boards
 from vtc.evaluation.prompts import Batches, encode, place
 from vtc.evaluation.sweep import sweep
 from vtc.evaluation.tasks import load_task
-from vtc.method import Select, _registry
+from vtc.method import Select, _methods
 
 QUESTION = "what colour is the star ?"
 DARK, BRIGHT = (20, 30, 90), (255, 230, 40)
@@ -56,7 +56,7 @@ def odd(monkeypatch):
             usual = tokens.x.median(dim=1, keepdim=True).values
             return (tokens.x - usual).norm(dim=-1)
 
-    monkeypatch.setitem(_registry, "odd", Odd)
+    monkeypatch.setitem(_methods.all(), "odd", Odd)
 
 
 def bright(image):

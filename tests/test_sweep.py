@@ -18,7 +18,7 @@ from vtc.evaluation.results import Results, read_rows
 from vtc.evaluation.runner import Setting
 from vtc.evaluation.sweep import run_key, sweep
 from vtc.evaluation.tasks import load_task, normalise
-from vtc.method import Select, _registry
+from vtc.method import Select, _methods
 
 METHODS, KEEPS = ("uniform", "random"), (0.5, 8)
 RUNS = 2 + len(METHODS) * len(KEEPS)
@@ -104,7 +104,7 @@ def test_a_failing_method_is_an_error_row_and_the_rest_goes_on(task, tmp_path, m
         def score(self, tokens):
             raise RuntimeError("no score today")
 
-    monkeypatch.setitem(_registry, "broken", Broken)
+    monkeypatch.setitem(_methods.all(), "broken", Broken)
     output, model = tmp_path / "results.jsonl", small_model()
     for _ in range(2):
         with pytest.warns(UserWarning, match="no score today"):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import inspect
 import json
-import pkgutil
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .named import Named
 from .tokens import Reduction, Tokens
 
 Layer = int | float | slice
@@ -175,51 +173,27 @@ class Merge(Method):
         return self.assign(tokens, k)
 
 
-_registry: dict[str, type[Method]] = {}
-
-
-def register(cls: type[Method]) -> type[Method]:
-    """Class decorator that makes a method known by its `name`. Raises ValueError for none, or one in use."""
-    if not isinstance(getattr(cls, "name", None), str):
-        raise ValueError(f"{cls.__name__} needs a name: name = '{cls.__name__.lower()}'")
-    known = _registry.get(cls.name)
-    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"a method named '{cls.name}' exists already ({known.__module__})")
-    _registry[cls.name] = cls
-    return cls
-
-
-def _methods() -> dict[str, type[Method]]:
-    from . import methods  # every file of the folder is a method that registers itself
-
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
-    return _registry
+_methods: Named[type[Method]] = Named("method", f"{__package__}.methods")
+register = _methods.register
 
 
 def list_methods(stage: str | None = None) -> list[str]:
     """The names `compress()` accepts, sorted: all, or those that run at a stage, "encoder", "features" or
     "decoder"."""
-    return sorted(name for name, cls in _methods().items() if stage in (None, *cls.stages))
+    return sorted(name for name, cls in _methods.all().items() if stage in (None, *cls.stages))
 
 
 def get_method(name: str, **options: Any) -> Method:
     """The method of that name with the given options. In the place of a name, a folder or a name on the
     Hugging Face Hub of a module that `save_pretrained` saved. Raises ValueError for an unknown name or
     option, OSError for a module that cannot be read."""
-    known = _methods()
-    if name not in known and is_saved(name):
-        from .learned.method import load_method
+    if name not in _methods.all():
+        if is_saved(name):
+            from .learned.method import load_method
 
-        return load_method(name, options)
-    if name not in known:
+            return load_method(name, options)
         _refuse_module(name)
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(sorted(known))}"
-        )
-        raise ValueError(f"there is no method {name!r}; {hint}")
-    cls = known[name]
+    cls = _methods.get(name)
     fields = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(options) - fields)
     if unknown:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,36 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import weights
+from ..named import make_config
+from ..weights import CONFIG, OWN, PATTERNS, check, local, read, read_json
 from .adapter import Adapter
-from .registry import get_module, make_config
+from .registry import get_module
 
 if TYPE_CHECKING:
     from .base import LearnedModule
 
-CONFIG, OWN_WEIGHTS = "config.json", "model.safetensors"
 PARTS = {"options": (), "host": ("kind", "widths", "weights"), "adapter": ("layers", "rank", "alpha")}
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # under which trainings save weights
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
 def save(module: LearnedModule, folder: str | Path) -> None:
-    from safetensors.torch import save_model
-
-    from .. import __version__
-
-    folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: a module is saved into a folder")
-    if (folder / CONFIG).is_file() and not is_module(folder):
-        raise ValueError(f"{folder} holds another model, which would be lost: save into another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"module": module.name, "vtc": __version__, "options": dataclasses.asdict(module.config)}
+    content = {"options": dataclasses.asdict(module.config)}
     if module.host is not None:
         content["host"] = module.host
     if module.adapter is not None:
         content["adapter"] = module.adapter.describe()
-    save_model(module, str(folder / OWN_WEIGHTS))
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")  # last: with it a folder is a module
+    weights.save(module, folder, "module", content)
 
 
 def push(module: LearnedModule, name: str, private: bool | None) -> str:
@@ -65,7 +52,7 @@ def load(
     if "module" in content:
         found = _named(cls, content["module"], name)
         config = make_config(found, content.get("options", {}) | options)
-        state = _read(path / OWN_WEIGHTS)
+        state = read(path / OWN)
     elif hasattr(cls, "name"):
         found, config, state = cls, make_config(cls, options), _published(cls, path)
     else:
@@ -76,7 +63,7 @@ def load(
     module = found(config)
     if "adapter" in content:
         module.adapter = Adapter(**content["adapter"])
-    _check(module, state, name)
+    check(module, state, name)
     module.load_state_dict(state)
     if "module" in content:
         module.folder, module.host = str(name), content.get("host")
@@ -91,7 +78,7 @@ def is_module(name: str | Path) -> bool:
 def holds(module: LearnedModule, name: str) -> bool:
     """Whether the weights saved there are those that a module has now, to the precision of its dtype; an
     adapter's too."""
-    saved = _read(_local(type(module), name, None) / OWN_WEIGHTS)
+    saved = read(_local(type(module), name, None) / OWN)
     own = module.state_dict()
     return saved.keys() == own.keys() and all(torch.equal(saved[key].to(own[key]), own[key]) for key in own)
 
@@ -117,20 +104,10 @@ def _named(cls: type[LearnedModule], saved: str, name: str | Path) -> type[Learn
 
 
 def _local(cls: type[LearnedModule], name: str | Path, revision: str | None) -> Path:
-    path = Path(name)
-    if path.exists():
-        return path
-    if str(name).count("/") != 1 or path.is_absolute() or str(name).startswith("."):
-        raise OSError(f"there is no folder or file {name}, and it is no name on the Hugging Face Hub")
     from huggingface_hub import snapshot_download
 
-    published = WEIGHTS if hasattr(cls, "name") else ()
-    try:
-        return Path(
-            snapshot_download(str(name), revision=revision, allow_patterns=[CONFIG, OWN_WEIGHTS, *published])
-        )
-    except Exception as error:  # offline, unknown, gated: the library has a class for each
-        raise OSError(f"{name} is no folder here and could not be fetched from the Hub: {error}") from error
+    patterns = [CONFIG, OWN, *(PATTERNS if hasattr(cls, "name") else ())]
+    return local(name, lambda name: snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -138,11 +115,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(content, dict) or "module" not in content:
+    content = read_json(file)
+    if "module" not in content:
         return {}
     for name, parts in PARTS.items():
         part = content.get(name, dict.fromkeys(parts))
@@ -154,64 +128,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _published(cls: type[LearnedModule], path: Path) -> dict[str, Tensor]:
     """The module's own weights out of one file, or out of the files of a model that it is a part of."""
     if path.is_file():
-        return cls.rename(_read(path))
-    files = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+        return cls.rename(read(path))
+    files = next((found for pattern in PATTERNS if (found := sorted(path.glob(pattern)))), [])
     if not files:
-        raise OSError(f"{path} holds no weights ({', '.join(WEIGHTS)})")
+        raise OSError(f"{path} holds no weights ({', '.join(PATTERNS)})")
     if len(files) == 1:
-        return cls.rename(_read(files[0]))
+        return cls.rename(read(files[0]))
     state: dict[str, Tensor] = {}
     for file in files:  # one after the other: together they may be larger than the memory
-        part = _read(file)
+        part = read(file)
         state |= {key: part[key] for key in part if key.startswith(cls.prefixes)}
     return cls.rename(state)
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise OSError(f"there is no file {file}")
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(str(file))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, or no file of weights: {error}") from None
-    try:
-        # never weights_only=False: a pickle may run what it likes
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} is not read: it is no file of weights, or would run code of its own: {error}"
-        ) from None
-    except (EOFError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{file} is damaged, or no file of weights: {error!r}") from None
-    return _tensors(content, file)
-
-
-def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict that a file holds, also where that is one entry of a checkpoint of a training."""
-    while isinstance(content, dict):
-        found = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            return found
-        content = inner
-    raise ValueError(f"{file} holds {type(content).__name__}, where weights by name were due")
-
-
-def _check(module: LearnedModule, state: dict[str, Tensor], name: str | Path) -> None:
-    wanted = module.state_dict()
-    found = {
-        "without": sorted(set(wanted) - set(state)),
-        "with unknown": sorted(set(state) - set(wanted)),
-        "of another shape": [key for key in wanted if key in state and wanted[key].shape != state[key].shape],
-    }
-    problems = [
-        f"{what} {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''} ({len(keys)})"
-        for what, keys in found.items()
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"the weights of {name} are not of this {module.name}: {'; '.join(problems)}")
