@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +12,9 @@ from torch import nn
 
 from ..cost import versions
 from ..learned import Resampler
-from ..learned.checkpoints import CONFIG
-from .config import Config, read_config
-
-REPORT = "train.json"
+from .config import Config
+from .folder import Folder
+from .reading import read_config
 
 
 def train(
@@ -55,66 +53,15 @@ class _Training:
         from .trainer import arguments_of
 
         self.config, self.resume = config, resume
-        self.output = Path(config.output)
-        self.report = self._opened()
+        self.folder = Folder(config, resume)
+        self.report = self.folder.report
         stages = zip(config.stages, config.names())
         self.arguments = [arguments_of(config, stage, name) for stage, name in stages]
-        self.first = self.arguments[0].process_index == 0
-
-    # The output folder
-
-    def _opened(self) -> dict[str, Any]:
-        """What train.json says, of a training that is to go on; ValueError for a folder that is in use."""
-        file = self.output / REPORT
-        if self.output.is_file():
-            raise ValueError(f"{self.output} is a file: output is the folder of the finished module")
-        shown = json.loads(json.dumps(self.config.shown()))
-        if not file.is_file():
-            if self.resume and self.output.exists() and any(self.output.iterdir()):
-                raise ValueError(f"{self.output} holds no training to go on with: there is no {REPORT}")
-            if (self.output / CONFIG).is_file():
-                raise ValueError(f"{self.output} holds a model, which would be lost: choose another output")
-            return {"config": shown, "stages": {}}
-        report = json.loads(file.read_text())
-        if not self.resume:
-            same = "this" if report["config"] == shown else "another"
-            raise ValueError(
-                f"{self.output} holds a training with {same} configuration: go on with --resume, or choose "
-                "another output"
-            )
-        fixed = ("model", "module", "adapter")
-        changed = [name for name in fixed if report["config"].get(name) != shown[name]]
-        if changed:
-            raise ValueError(
-                f"{self.output} holds a training with another {' and '.join(changed)}: choose another output"
-            )
-        self._check_done(report, shown)
-        return report | {"config": shown}
-
-    def _check_done(self, report: dict[str, Any], shown: dict[str, Any]) -> None:
-        """Raises ValueError where a stage that was trained is now another one. The last that was may have
-        more steps than it had, and is then gone on with."""
-        old = {f"{i}-{stage['kind']}": stage for i, stage in enumerate(report["config"]["stages"], 1)}
-        new = dict(zip(self.config.names(), shown["stages"]))
-        last = next(reversed(report["stages"]), None)
-        for name, told in report["stages"].items():
-            now, before = new.get(name), old.get(name, {})
-            if now and (now == before or not told.get("done")):
-                continue
-            if now and name == last and now == before | {"steps": max(now["steps"], told["steps"])}:
-                del told["done"]
-                continue
-            raise ValueError(
-                f"stage {name} was trained already, by other settings than it has now: leave those as they "
-                "were, or go on with the module in another output, as module: {from: ...}"
-            )
+        self.first = self.arguments[0].process_index == 0  # of several processes, the one that writes
 
     def write(self) -> None:
         if self.first:
-            self.output.mkdir(parents=True, exist_ok=True)
-            draft = self.output / f".{REPORT}"
-            draft.write_text(json.dumps(self.report, indent=2) + "\n")
-            draft.replace(self.output / REPORT)
+            self.folder.write()
 
     # The run
 
@@ -273,11 +220,11 @@ class _Training:
         if self.first:
             if self.batches is not None:
                 self.report["accuracy"] = self._accuracy()
-            self.module.save_pretrained(self.output)
+            self.module.save_pretrained(self.folder.path)
             minutes = sum(told["minutes"] for told in self.report["stages"].values())
             self.report |= {"finished": True, "seconds": round(60 * minutes, 1)}
             self.write()
-            print(summary(self.module.name, self.report, self.output))
+            print(summary(self.module.name, self.report, self.folder.path))
         return self.module
 
 
