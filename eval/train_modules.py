@@ -41,7 +41,7 @@ MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 def config(name: str, folder: Path) -> dict[str, Any]:
     """The same steps and adapter for all."""
     options, counts = MODULES[name]
-    distill = {"kind": "distill", "steps": 400, "batch_size": 32, "muon": 2e-3, "ce": 1.0}
+    distill = {"kind": "distill", "steps": 400, "batch_size": 32, "muon": 2e-3, "ce": 1.0, "full": False}
     return {
         "model": "models/tiny-llava",
         "module": {"name": name, **options},
