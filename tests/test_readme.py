@@ -71,6 +71,9 @@ def test_generated_tables_are_up_to_date():
     assert generated("methods") == methods_table()
     assert generated("hosts") == hosts_table()
     assert generated("tokenizers") == tokenizers_table()
+    assert generated("modules") == modules_table()
+    lengths = read_rows(ROOT / "eval/results/learned-lengths.jsonl")[0]
+    assert generated("learned-lengths") == lengths_block(lengths)
     encoders = load_boards(ROOT / "eval/results/tiny-clip-singles.jsonl")
     assert generated("encoders") == encoders_block(encoders)
     asked = load_boards(ROOT / "eval/results/tiny-llava-scenes.jsonl")
@@ -79,12 +82,17 @@ def test_generated_tables_are_up_to_date():
     assert generated("varying") == varying_block(asked)
 
 
-@pytest.mark.parametrize(
-    "name, part", [("clustering", "clustering"), ("finetune_encoder", "finetune"), ("tokenizer", "tokenizer")]
-)
-def test_parts_filled_by_eval_scripts_are_up_to_date(name, part):
+SCRIPTS = {
+    "clustering": "clustering", "finetune_encoder": "finetune", "tokenizer": "tokenizer", "learned": "learned",
+    "learned_start": "learned-start",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, part", SCRIPTS.items())
+def test_parts_filled_by_eval_scripts_are_up_to_date(name, part, monkeypatch):
     spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, script)  # dataclasses look there
     spec.loader.exec_module(script)
     assert generated(part) == script.block(read_rows(script.OUTPUT)[0])
 

@@ -87,7 +87,8 @@ class LearnedModule(nn.Module):
         its name on the Hugging Face Hub.
 
         Called on the class of a module it reads published weights too: a file, or a folder of files that
-        together hold them, with `options` for those of its Config that differ from their defaults.
+        together hold them, with `options` for those of its Config that differ from their defaults. Numbers of
+        heads and windows change no shape of a weight: they are taken as given.
         Raises ValueError for another module's weights, and for weights that are missing, unknown or of
         another shape.
         """
