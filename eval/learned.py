@@ -1,9 +1,9 @@
 """Modules with weights beside training-free methods on a model, and what lengths per image are worth.
 
 Runs what the results do not have yet: every method of the config at every number of tokens, every module
-found (`modules` in the config) at those numbers that it can make, all tokens and no image; and, of each
-module with a halting head, lengths of a few means beside the same lengths shuffled over the pictures. A
-module that was trained anew is run anew.
+found (`modules` in the config) at those numbers that it can make, all tokens and no image; and, of those
+whose halting head was trained (`halting`), lengths of a few means beside the same lengths shuffled over the
+pictures. A module that was trained anew is run anew.
 
 Run from the repository's root:
     python eval/learned.py                         # all
@@ -82,12 +82,11 @@ def measure(config: dict[str, Any], output: Path, lengths: Path, parts: Sequence
             model, processor, methods, config["keeps"], "scenes", n=config["n"], seeds=config["seeds"],
             baselines=(), output=output, command=COMMAND,
         )  # fmt: skip
-    for folder in folders if "lengths" in parts else []:
-        if hasattr(learned.load(folder), "halt"):
-            sweep_lengths(
-                model, processor, folder, config["means"], shuffles=config["shuffles"], n=config["n"],
-                sample=config["sample"], output=lengths, command=COMMAND,
-            )  # fmt: skip
+    for folder in config["halting"] if "lengths" in parts else []:
+        sweep_lengths(
+            model, processor, folder, config["means"], shuffles=config["shuffles"], n=config["n"],
+            sample=config["sample"], output=lengths, command=COMMAND,
+        )  # fmt: skip
 
 
 def draw(output: Path, lengths: Path, folder: Path) -> None:

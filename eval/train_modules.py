@@ -3,7 +3,8 @@
 Run from the repository's root: python eval/train_modules.py [--only tokenpacker ...] [--resume]
 
 Each takes some minutes on two cores, and ends up in models/tiny-llava-NAME. The one that is trained longer,
-with all stages, has a file of its own: vtc train models/tiny-llava-ordered/train.yaml
+with all stages, has a file of its own, vtc train models/tiny-llava-ordered/train.yaml; `ordered-400` is the
+same with as many steps as the others.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "token-slimming": ({"tokens": 16}, ()),
     "learned-scorer": ({}, ANY),
     "reconstructing-selector": ({"width": 128, "depth": 2, "heads": 4}, ANY),
+    "ordered-400": (
+        {"name": "ordered", "tokens": 64, "width": 192, "heads": 6, "decoder_width": 128, "start": "mean"},
+        ANY,
+    ),
 }
 
 

@@ -257,6 +257,14 @@ def test_two_folders_of_one_module_are_told_apart(rows):
     assert "| ordered, tiny-ordered ◆ |" in table and "| ordered, tiny-other ◆ |" in table
 
 
+def test_the_flagship_is_the_best_with_the_fewest_tokens(rows):
+    about = {"method": "ordered@87654321", "folder": "models/tiny-short"}
+    short = [module_row("ordered", keep, 189, **about) for keep in (16, 4)]
+    assert Contest(boards([*short, *rows])[0]).flagship == "ordered@12345678"  # with 1 token, the other has 4
+    one = module_row("ordered", 1, 121, **about)
+    assert Contest(boards([*rows, *short, one])[0]).flagship == "ordered@87654321"
+
+
 def test_a_report_has_no_pictures_of_what_modules_kept(rows):
     runs = boards(rows)[0].runs
     assert {method for method, _, _ in runs} == {"tome", "divprune", "random", "mmtok"}
@@ -353,6 +361,7 @@ def test_the_script_runs_methods_and_the_modules_that_it_finds(script, tmp_path,
     config = {
         "model": "models/tiny-llava", "modules": "models/tiny-llava-*", "n": 4, "keeps": [16, 4],
         "seeds": [0], "methods": [["divprune", {"merge": "restore"}], "random"], "means": [4],
+        "halting": ["models/tiny-llava-fresh"],
         "shuffles": 2, "sample": 8, "output": "rows.jsonl", "lengths": "lengths.jsonl",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))

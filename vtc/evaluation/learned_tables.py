@@ -49,8 +49,10 @@ class Contest:
 
     @property
     def flagship(self) -> str | None:
-        """The label of the best `ordered` module."""
-        return next((method for method in self.learned if self.module(method) == FLAGSHIP), None)
+        """The label of the `ordered` module that is best where tokens are fewest."""
+        found = [method for method in self.learned if self.module(method) == FLAGSHIP]
+        fewest = {method: min(keep for name, keep in self.board.cells if name == method) for method in found}
+        return max(found, key=lambda m: (-fewest[m], self.cell(m, fewest[m]).accuracy), default=None)
 
     def module(self, method: str) -> str:
         return self.first(method).rows[0]["method"].partition("@")[0]
