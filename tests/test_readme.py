@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from vtc.cli import main
+from vtc.evaluation.learned_lengths_tables import lengths_block
 from vtc.evaluation.report import (
     encoders_block,
     hard_block,
     hosts_table,
     load_boards,
     methods_table,
+    modules_table,
     results_block,
     tokenizers_table,
     varying_block,
@@ -83,8 +85,8 @@ def test_generated_tables_are_up_to_date():
 
 
 SCRIPTS = {
-    "clustering": "clustering", "finetune_encoder": "finetune", "tokenizer": "tokenizer", "learned": "learned",
-    "learned_start": "learned-start",
+    "clustering": "clustering", "finetune_encoder": "finetune", "tokenizer": "tokenizer",
+    "learned": "learned", "learned_start": "learned-start",
 }  # fmt: skip
 
 
