@@ -257,6 +257,14 @@ def test_two_folders_of_one_module_are_told_apart(rows):
     assert "| ordered, tiny-ordered ◆ |" in table and "| ordered, tiny-other ◆ |" in table
 
 
+def test_a_best_method_that_reads_the_question_is_followed_by_one_that_does_not(rows):
+    (board,) = boards([*rows, row("mmtok", 1, 90)])
+    assert [line[:5] for line in cells(losses_table(Contest(board)))[2:]][2:] == [
+        ["1", "35.0", "50.0", "mmtok, reads text", "0.70"],
+        ["1", "35.0", "64.5", "random", "0.54"],
+    ]
+
+
 def test_the_flagship_is_the_best_with_the_fewest_tokens(rows):
     about = {"method": "ordered@87654321", "folder": "models/tiny-short"}
     short = [module_row("ordered", keep, 189, **about) for keep in (16, 4)]

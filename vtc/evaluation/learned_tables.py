@@ -42,9 +42,11 @@ class Contest:
     def cell(self, method: str, keep: int) -> Cell | None:
         return self.board.cells.get((method, keep))
 
-    def best(self, keep: int) -> str | None:
-        """The label of the best training-free method at a budget."""
+    def best(self, keep: int, text: bool = True) -> str | None:
+        """The label of the best training-free method at a budget; with text=False of those that do not read
+        the question."""
         found = [method for method in self.free if self.cell(method, keep)]
+        found = [method for method in found if text or "text" not in reads(self.board, method)]
         return max(found, key=lambda method: self.cell(method, keep).accuracy, default=None)
 
     @property
@@ -121,26 +123,35 @@ def learned_legend(contest: Contest) -> str:
 
 
 def losses_table(contest: Contest) -> str:
-    """What the flagship and the best training-free method lose where few tokens are left."""
+    """What the flagship and the best training-free methods lose where few tokens are left: the best of all,
+    and the best of those that, like the flagship, do not read the question."""
     heading = ["tokens", f"`{FLAGSHIP}` loses", "best training-free loses", "which", "ratio", "difference"]
     lines = [heading]
     for keep in contest.few:
-        own, best = contest.flagship, contest.best(keep)
-        if best is None or contest.cell(own, keep) is None:
+        own = contest.flagship
+        if contest.cell(own, keep) is None:
             continue
-        losses = contest.loss(own, keep), contest.loss(best, keep)
-        ratio = f"{losses[0] / losses[1]:.2f}" if losses[1] > 0 else "-"
-        points, half = difference(contest.cell(own, keep), contest.cell(best, keep))
-        told = f"{points:+.1f}" + ("" if half is None else f" ± {half:.1f}")
-        lines.append([str(keep), *(f"{loss:.1f}" for loss in losses), best, ratio, told])
+        best = dict.fromkeys([contest.best(keep), contest.best(keep, text=False)])
+        lines += [_lost(contest, keep, own, other) for other in best if other]
     return markdown(lines, "rrrlrr")
+
+
+def _lost(contest: Contest, keep: int, own: str, other: str) -> list[str]:
+    losses = contest.loss(own, keep), contest.loss(other, keep)
+    ratio = f"{losses[0] / losses[1]:.2f}" if losses[1] > 0 else "-"
+    points, half = difference(contest.cell(own, keep), contest.cell(other, keep))
+    told = f"{points:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+    read = reads(contest.board, other)
+    which = f"{other}, reads {read}" if read else other
+    return [str(keep), *(f"{loss:.1f}" for loss in losses), which, ratio, told]
 
 
 def losses_legend() -> str:
     return (
         "Points of accuracy below all tokens; the best training-free method is chosen at each number by "
-        "these same questions, which favours it; *ratio*: the first loss as a share of the second; "
-        "*difference*: points of accuracy between the two, with its 95 % interval over paired questions."
+        "these same questions, which favours it, and where it reads the question (*text*) the best that does "
+        "not follows; *ratio*: the first loss as a share of the second; *difference*: points of accuracy "
+        "between the two, with its 95 % interval over paired questions."
     )
 
 
