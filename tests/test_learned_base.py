@@ -82,7 +82,7 @@ def test_any_number_of_tokens_by_default():
         ((2, 6, 6), (2, 4), None, 0, "6 tokens are no grid of 2 rows and 4 columns"),
         ((2, 6, 6), (-2, -3), None, 0, "no grid"),
         ((2, 0, 6), (0, 4), None, 0, "no grid"),
-        ((2, 6, 6), (2, 3), 7, 0, "2 x 3 tokens 1 to 6 tokens, not 7"),
+        ((2, 6, 6), (2, 3), 7, 0, "of 2 x 3 tokens, first makes 1 to 6 tokens, not 7"),
         ((2, 6, 6), (2, 3), 0, 0, "not 0"),
         ((2, 6, 6), (2, 3), None, 1, "reads 0 further layers (), not 1"),
     ],

@@ -16,6 +16,7 @@ WIDTH, GRID = 32, (12, 12)  # of the small model, whose encoder and language mod
 KINDS = {
     "ordered": {
         "in_width": WIDTH, "tokens": 64, "width": 32, "heads": 2, "decoder_width": 32, "decoder_heads": 2,
+        "error": "answers",
     },
     "super-tokens": {"in_width": WIDTH, "heads": 2},
     "semantic-tokens": {"in_width": WIDTH, "heads": 2},

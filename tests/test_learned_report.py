@@ -26,7 +26,10 @@ from vtc.evaluation.sweep import sweep
 from vtc.evaluation.tasks import Task, load_task
 from vtc.learned.registry import build
 
-OPTIONS = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+OPTIONS = {
+    "width": 16, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2,
+    "error": "answers",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

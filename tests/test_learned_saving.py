@@ -37,6 +37,11 @@ def test_a_folder_is_a_method(folder):
         with vtc.compress(model, [(folder, {"keep": 9})]):
             assert torch.equal(model(**inputs).logits, wanted)
     assert vtc.get_method(folder, epsilon=0.2).epsilon == 0.2
+    fresh = build("ordered", in_width=32, width=32, heads=2, decoder_width=32, decoder_heads=2)
+    assert fresh.as_method().name == "ordered"
+    for options in ({"epsilon": 0.2}, {"confidence": 0.9}):
+        with pytest.raises(ValueError, match="halting head of this module was not trained"):
+            vtc.compress(model, fresh, **options)
     with pytest.raises(ValueError, match="no option 'eps'; its options: epsilon, confidence"):
         vtc.get_method(folder, eps=0.2)
 
@@ -187,7 +192,16 @@ def test_checkpoints_of_trainings_are_unwrapped(tmp_path, key):
 
 def test_the_command_line_takes_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = build("ordered", in_width=128, tokens=64, width=32, heads=2, decoder_width=32, decoder_heads=2)
+    module = build(
+        "ordered",
+        in_width=128,
+        tokens=64,
+        width=32,
+        heads=2,
+        decoder_width=32,
+        decoder_heads=2,
+        error="answers",
+    )
     module.save_pretrained("module")
     scene("test", 0).image.save("picture.png")
     asked = ["picture.png", "what colour is the star ?", "--method", "module"]
@@ -209,7 +223,7 @@ def test_the_command_line_takes_a_folder(tmp_path, capsys, monkeypatch):
     assert any("module" in json.dumps(row) for row in rows)
     capsys.readouterr()
     assert main(["ask", *asked, "--keep", "100"]) == 2
-    assert "ordered makes 12 x 12 tokens 1 to 64 tokens, not 100" in capsys.readouterr().err
+    assert "of 12 x 12 tokens, ordered makes 1 to 64 tokens, not 100" in capsys.readouterr().err
 
 
 def test_another_models_folder_is_not_written_over(tmp_path):

@@ -83,6 +83,7 @@ def test_settings_replace_what_the_file_says(file):
         ("seed=-1", "seed is a number from 0 to 4294967295, not -1"),
         ("stages.0.learning_rate=.nan", "stages.0.learning_rate is a number from 0 on, not nan"),
         ("stages.0.learning_rate=-1", "stages.0.learning_rate is a number from 0 on, not -1.0"),
+        ("stages.1.evaluate=2", "a stage with 'evaluate' needs questions: give data.validation"),
         ("adapter={rank: x}", "adapter.rank is a whole number, not 'x'"),
         ("adapter={rank: 2, alpha: x}", "adapter.alpha is a number, not 'x'"),
     ],

@@ -45,6 +45,15 @@ def test_conversations_of_llava(tmp_path):
         load(write_lines(tmp_path, {"image": "0.png", "conversations": turns[:3]}))
 
 
+def test_a_file_that_is_one_list(tmp_path):
+    scene("train", 0).image.save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "question": f"{mark}how many ?", "answer": 2} for mark in ("<image>\n", "")]
+    (found,) = load(write_lines(tmp_path, json.dumps(rows, indent=1)))
+    assert found.questions == [("how many ?", "2")] * 2
+    with pytest.raises(ValueError, match=r"task.jsonl:2 cannot be learned from .*KeyError: 'image'"):
+        load(write_lines(tmp_path, json.dumps([rows[0], {"question": "a", "answer": "b"}])))
+
+
 @pytest.mark.parametrize("kept", ["folder", "splits"])
 def test_a_data_set(tmp_path, kept):
     import datasets
@@ -100,7 +109,10 @@ def test_scenes_ask_each_kind_once(tmp_path):
         (["{"], r"task.jsonl:1 cannot be learned from .*set data.skip_broken"),
         ([{"image": "0.png", "question": "a"}], "KeyError: 'answer'"),
         ([{"image": "0.png", "question": "a", "answer": " "}], "its answer is empty"),
+        ([{"image": "0.png", "question": "a", "answer": None}], "its answer is None, which is no text"),
+        ([{"image": "0.png", "question": ["a", "b"], "answer": "b"}], "which is no text"),
         ([{"image": "1.png", "question": "a", "answer": "b"}], "there is no image file"),
+        (["[{"], "is no list of JSON"),
         ([""], "holds no picture with a question"),
     ],
 )

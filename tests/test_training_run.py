@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_what_a_training_leaves_behind(make, host, capsys):
     told = report(config)
     out = capsys.readouterr().out
     assert "ordered: 1-features" in out and "2-distill" in out and f"saved in {config['output']}" in out
-    assert told["finished"] and told["pictures"] == 6 and told["processes"] == 1
+    assert told["finished"] and told["processes"] == 1
+    assert [stage["pictures"] for stage in told["stages"].values()] == [6] * len(told["stages"])
     assert told["config"]["module"] == ORDERED and told["versions"]["torch"] == torch.__version__
     assert list(told["stages"]) == ["1-features", "2-distill", "3-length"]
     for stage in told["stages"].values():
@@ -189,15 +191,66 @@ def test_an_adapter_is_trained_and_saved_along(make):
 
 
 def test_what_a_length_head_was_taught_is_known_after_a_stop(make, monkeypatch):
-    config = make({**LENGTH, "errors": "answers", "counts": [1, 4]}, {**FEATURES, "steps": 2})
+    first = {**LENGTH, "errors": "answers", "counts": [1, 4]}
+    config = make(first, {**LENGTH, "steps": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.OnFeatures, "of", lambda *args: (_ for _ in ()).throw(Stop))
+        patch.setattr(objectives.Length, "of", lambda *args: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             train(config)
-    assert train(config, resume=True).config.error == "answers"
-    assert from_pretrained(config["output"]).config.error == "answers"
-    config = make(LENGTH, into="other", module={"from": config["output"]})
-    assert train(config).config.error == "features"
+    one = run.Path(config["output"]) / "checkpoints" / "1-length" / "module"
+    assert from_pretrained(one).config.error == "answers"
+    assert train(config, resume=True).config.error == "features"
+    assert train(make(first, into="one")).config.error == "answers"
+    config = make(FEATURES, into="other", module={"from": str(one)})
+    assert train(config).config.error == ""  # what the head learned is no longer so
+
+
+def test_a_stage_goes_on_with_the_rates_that_it_has_now(make):
+    for muon in (None, 1e-3):
+        stage = {**FEATURES, "steps": 4, "save_steps": 2, "logging_steps": 1, "lr_scheduler_type": "constant"}
+        stage |= {"warmup": 0, "learning_rate": 1e-3} | ({} if muon is None else {"muon": muon})
+        lower = stage | {"learning_rate": 1e-5} | ({} if muon is None else {"muon": 1e-5})
+        config = make(stage, into=f"rates-{muon}")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(objectives.OnFeatures, "of", partialmethod(stopped, objectives.OnFeatures.of))
+            train(config)
+        config["stages"] = [lower]
+        train(config, resume=True)
+        folder = run.Path(config["output"]) / "checkpoints" / "1-features"
+        state = json.loads((trainer.last_checkpoint(folder) / "trainer_state.json").read_text())
+        rates = {row["step"]: row["learning_rate"] for row in state["log_history"] if "loss" in row}
+        assert rates[3] == rates[4] == pytest.approx(1e-5) and rates[2] == pytest.approx(1e-3)
+
+
+def stopped(objective, of, *args):
+    """A loss that is not computed after the second step."""
+    if objective.step == 2:
+        raise Stop
+    return of(objective, *args)
+
+
+def test_an_adapter_that_was_learned_goes_on(make):
+    first = make({**DISTILL, "learning_rate": 1e-2}, adapter={"rank": 2})
+    learned = train(first)
+    more = {"module": {"from": first["output"]}}
+    with pytest.raises(
+        ValueError, match="has an adapter of another rank, which would be lost: its rank is 2"
+    ):
+        train(make(DISTILL, into="b", adapter={"rank": 4}, **more))
+    still = {**DISTILL, "steps": 1, "learning_rate": 0.0, "weight_decay": 0.0}
+    assert same(train(make(still, into="c", adapter={"rank": 2}, **more)), learned)
+
+
+def test_a_first_picture_that_is_broken(make, questions, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    bad = json.dumps({"image": str(tmp_path / "bad.png"), "question": "a", "answer": "b"})
+    lines = [json.loads(line) for line in run.Path(questions).read_text().splitlines()]
+    lines = [json.dumps(line | {"image": str(run.Path(questions).parent / line["image"])}) for line in lines]
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([bad, *lines]))
+    data = {"train": f"jsonl:{path}", "questions": 3, "skip_broken": True}
+    with pytest.warns(UserWarning, match="left out"):
+        train(make(FEATURES, data=data))
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(make, monkeypatch):

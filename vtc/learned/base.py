@@ -207,7 +207,9 @@ class Resampler(LearnedModule):
         if k is None:
             return counts[-1]
         if (k := operator.index(k)) not in counts:
-            raise ValueError(f"{self.name} makes {rows} x {columns} tokens {told(counts)} tokens, not {k}")
+            raise ValueError(
+                f"of {rows} x {columns} tokens, {self.name} makes {told(counts)} tokens, not {k}"
+            )
         return k
 
 

@@ -97,7 +97,10 @@ def check_plan(module: LearnedModule) -> None:
 
 
 def _named(cls: type[LearnedModule], saved: str, name: str | Path) -> type[LearnedModule]:
-    found = get_module(saved)
+    try:
+        found = get_module(saved)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; if it is your own, import the file that registers it") from None
     if not issubclass(found, cls):
         raise ValueError(f"{name} is a module '{saved}', not '{getattr(cls, 'name', cls.__name__)}'")
     return found

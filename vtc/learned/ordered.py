@@ -71,7 +71,7 @@ class OrderedResampler(Calibrated, Resampler):
         cosine     how much 1 - cos counts beside smooth L1
         epsilon    what `halt` allows where nothing is asked for, with probability `confidence`
         error      what the halting head was taught: "features", the decoder's error; "answers", how far the
-                   host's answers are from those with all tokens, in nats for each of their words
+                   host's answers are from those with all tokens, in nats for each of their words; "", nothing
         """
 
         in_width: int = 1024
@@ -91,7 +91,7 @@ class OrderedResampler(Calibrated, Resampler):
         cosine: float = 1.0
         epsilon: float = 0.3
         confidence: float = 0.5
-        error: str = "features"
+        error: str = ""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -132,6 +132,11 @@ class OrderedResampler(Calibrated, Resampler):
         from .method import FromModule
 
         self._checked_halting(epsilon, confidence)
+        if (epsilon, confidence) != (None, None) and not self.config.error:
+            raise ValueError(
+                "the halting head of this module was not trained, or not after its tokens: leave epsilon and "
+                "confidence out, or train it by a last stage of kind length"
+            )
         return FromModule(self, epsilon, confidence)
 
     def forward(self, x: Tensor, grid: Grid, k: int | None = None, levels: Sequence[Tensor] = ()) -> Tensor:

@@ -45,4 +45,7 @@ def check_windows(window: int, proxies: int, pool: str) -> None:
 
 def check_tiling(grid: Grid, window: int) -> None:
     if grid[0] % window or grid[1] % window:
-        raise ValueError(f"windows of {window} x {window} do not tile a grid of {grid[0]} x {grid[1]} tokens")
+        raise ValueError(
+            f"windows of {window} x {window} do not tile a grid of {grid[0]} x {grid[1]} tokens: choose "
+            "another window"
+        )

@@ -33,7 +33,7 @@ class Levels:
             if not depth or not all(-depth - 1 <= layer <= depth for layer in layers):
                 raise ValueError(
                     f"'{name}' reads the layers {layers} of the vision encoder, and that of "
-                    f"{vision.host.name} has {depth} blocks"
+                    f"{vision.host.name} has {depth} blocks: make it with other layers"
                 )
         self._found: ByThread[Found] = ByThread()
         self._hooks: list[Any] = []

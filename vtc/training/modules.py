@@ -27,7 +27,7 @@ class Widths:
 
 
 def widths(model: nn.Module, vision: dict[str, torch.Tensor]) -> Widths:
-    """Measured, on one picture."""
+    """Measured; the grid is that of the first picture."""
     features = Features(model)
     try:
         inner, outer, grid = features.both(vision)[0]
@@ -55,8 +55,15 @@ def make_module(config: Config, found: Widths, model: nn.Module) -> Resampler:
             raise ValueError(
                 f"{module.name} has no {needed}, which stage {stage} makes small: leave that stage out"
             )
-    if config.adapter is not None:
+    if config.adapter is not None and module.adapter is None:
         module.adapt(model, **config.adapter)
+    elif config.adapter is not None:  # one that was learned goes on being learned
+        own = module.adapter.describe()
+        if changed := [name for name, value in config.adapter.items() if value not in (None, own[name])]:
+            raise ValueError(
+                f"the module of {options['from']} has an adapter of another {' and '.join(changed)}, which "
+                f"would be lost: its rank is {own['rank']} and its alpha {own['alpha']}; leave adapter out"
+            )
     return module.requires_grad_(True)
 
 

@@ -65,6 +65,11 @@ class Objective(nn.Module):
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def taught(self, error: str) -> None:
+        """Notes what the halting head learns in this stage: nothing, where the tokens change under it."""
+        if hasattr(self.module.config, "error"):
+            self.module.config = replace(self.module.config, error=error)
+
     def attach(self) -> None:
         raise NotImplementedError
 
@@ -76,6 +81,7 @@ class OnFeatures(Objective):
     """Images only. Several grids of one batch count by how many rows they have."""
 
     def attach(self) -> None:
+        self.taught("")
         self.features = Features(self.host, behind(self.host, self.module))
 
     def detach(self) -> None:
@@ -99,8 +105,7 @@ class Length(OnFeatures):
 
     def attach(self) -> None:
         super().attach()
-        if hasattr(self.module.config, "error"):
-            self.module.config = replace(self.module.config, error="features")
+        self.taught("features")
 
     def of(self, x: Tensor, grid: Grid, generator: torch.Generator) -> dict[str, Tensor]:
         counts = torch.tensor(self.module.counts_for(grid))
@@ -123,12 +128,13 @@ class Distill(Objective):
         possible = [*self.module.counts_for(grid)]
         if wrong := [k for k in self.stage.counts if k not in possible]:
             raise ValueError(
-                f"{self.module.name} makes {grid[0]} x {grid[1]} tokens {_told(possible)} tokens, not "
-                f"{', '.join(map(str, wrong))}: mend the stage's counts"
+                f"of {grid[0]} x {grid[1]} tokens, {self.module.name} makes {_told(possible)} tokens, not "
+                f"{', '.join(map(str, wrong))}: leave those out of the counts of stage {{stage}}"
             )
         self.possible = possible
 
     def attach(self) -> None:
+        self.taught("")
         self.handle = compress(self.host, self.module, keep=self.possible[-1])
         self.answers = Answers(self.host)
         tower = open_host(unwrap(self.host)).encoder.tower
@@ -188,7 +194,7 @@ class AnswerLength(Distill):
         super().attach()
         self.seen: list[tuple[Tensor, Grid]] = []
         self._hook = self.module.register_forward_pre_hook(lambda _, args: self.seen.append(args[:2]))
-        self.module.config = replace(self.module.config, error="answers")
+        self.taught("answers")
 
     def detach(self) -> None:
         self._hook.remove()

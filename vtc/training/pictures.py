@@ -62,12 +62,10 @@ def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
     """One picture for all the lines that name the same file."""
     found: dict[str, Picture] = {}
     broken: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in _rows(path):
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line) if isinstance(line, bytes) else line
             image = str(row["image"])
             pairs = _pairs(row)
             if not (path.parent / image).is_file():
@@ -88,13 +86,24 @@ def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
     return [picture for picture in found.values() if picture.questions]
 
 
+def _rows(path: Path) -> list[tuple[int, Any]]:
+    """Numbered lines, not yet read, or the entries of a file that is one list, as LLaVA's are."""
+    content = path.read_bytes()
+    if content.lstrip().startswith(b"["):
+        try:
+            return list(enumerate(json.loads(content), 1))
+        except ValueError as error:
+            raise ValueError(f"{path} is no list of JSON: {error}") from None
+    return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+
+
 def _pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The questions and answers of a line. Turns of a conversation are asked one by one."""
     if "conversations" not in row:
-        return [(_text(row, "question"), _text(row, "answer"))]
-    turns = [(turn["from"], turn["value"]) for turn in row["conversations"]]
+        return [(_asked(_text(row, "question")), _text(row, "answer"))]
+    turns = [(turn["from"], _text(turn, "value")) for turn in row["conversations"]]
     pairs = [
-        (asked.replace("<image>", "").strip(), answered)
+        (_asked(asked), answered)
         for (who, asked), (other, answered) in zip(turns[::2], turns[1::2])
         if who in ASKED and other in ANSWERED
     ]
@@ -103,10 +112,20 @@ def _pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
     return pairs
 
 
+def _asked(question: str) -> str:
+    """Without the place of the picture, which is in front of every question."""
+    return question.replace("<image>", "").strip()
+
+
 def _text(row: dict[str, Any], name: str) -> str:
-    if not str(row[name]).strip():
+    value = row[name]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"its {name} is {value!r}, which is no text")
+    if not value.strip():
         raise ValueError(f"its {name} is empty")
-    return str(row[name])
+    return value
 
 
 def _dataset(name: str, n: int | None, skip_broken: bool) -> list[Picture]:

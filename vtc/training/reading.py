@@ -39,6 +39,8 @@ def read_config(source: str | Path | dict[str, Any] | Config, settings: Iterable
         check_names("adapter", config.adapter, ("rank", "alpha"))
         for name, value in config.adapter.items():
             checked(f"adapter.{name}", "int" if name == "rank" else "float | None", value)
+    if config.data.validation is None and any(stage.evaluate for stage in config.stages):
+        raise ValueError("a stage with 'evaluate' needs questions: give data.validation")
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed is a number from 0 to {2**32 - 1}, not {config.seed}")
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,8 +28,8 @@ def train(
     resume    goes on where a training into the same folder stopped, from its last checkpoint
 
     Afterwards the folder `output` holds config.json and model.safetensors, for `vtc.compress(model, output)`,
-    and train.json: the configuration, versions, minutes and losses by stage, accuracies. Stages are in
-    output/checkpoints; each checkpoint is a folder of the module, too.
+    and train.json: the configuration, versions, accuracies, of each stage its minutes, pictures and losses.
+    Stages are in output/checkpoints; each checkpoint is a folder of the module, too.
 
     Runs on one device, or on several where it is started by `accelerate launch`.
     Raises ValueError for a configuration that cannot be, data that is empty or cannot be read, a module that
@@ -79,14 +80,14 @@ class _Training:
             self.pictures = training_pictures(config.data)
         self.batches = validation(self.processor, config.data)
         look = Looked(self.processor, self.pictures, config.data.skip_broken)
-        self.found = widths(self.model, self._looked(look, 1)[0])
+        self.found = widths(self.model, self._looked(look, 8)[0])  # the first of them may be broken
         self.module = make_module(config, self.found, self.model)
         self.module.to(self.model.device)
         self._check_host()
         self._check_stages()
         if "name" in config.module:
             calibrate(self.module, self.model, self._looked(look))
-        self.report |= {"versions": versions(), "pictures": len(self.pictures), "finished": False}
+        self.report |= {"versions": versions(), "finished": False}
         self.report["processes"] = self.arguments[0].world_size
         self.write()
         for number in range(len(config.stages)):
@@ -110,8 +111,11 @@ class _Training:
         self.module.trained_on(self.model)  # checkpoints know it too
 
     def _check_stages(self) -> None:
-        for number in range(len(self.config.stages)):
-            self._objective(number)
+        for number, name in enumerate(self.config.names()):
+            try:
+                self._objective(number)
+            except ValueError as error:
+                raise ValueError(f"stage {name}: {error}") from None
 
     def _objective(self, number: int) -> Any:
         from .objectives import Distill, objective_of
@@ -171,6 +175,9 @@ class _Training:
         history = [row for row in trainer.state.log_history if "loss" in row]
         told |= {
             "steps": stage.steps,
+            "pictures": len(self.pictures),
+            "data": dataclasses.asdict(self.config.data),
+            "seed": self.config.seed,
             "first": _losses(history[0]),
             "last": _losses(history[-1]),
             "done": True,

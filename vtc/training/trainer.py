@@ -45,6 +45,19 @@ class ModuleTrainer(Trainer):
             )
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Learning rates are those that the stage has now: a checkpoint would bring back its own."""
+        now = getattr(self.lr_scheduler, "base_lrs", None)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        before = getattr(self.lr_scheduler, "base_lrs", None)
+        if now == before or now is None:
+            return
+        self.lr_scheduler.base_lrs = now
+        for group, new, old in zip(self.optimizer.param_groups, now, before, strict=True):
+            group["lr"] = group["lr"] * new / old if old else new
+            group["initial_lr"] = new
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         outputs = model(**inputs)
         self.check("the loss", outputs["loss"].detach())
@@ -61,7 +74,8 @@ class ModuleTrainer(Trainer):
         begin = f"the last good checkpoint is {last}" if last else "there is no checkpoint of this stage yet"
         raise RuntimeError(
             f"{what} is {float(value)} at step {self.state.global_step + 1} of stage {self.name}: {begin}; "
-            "lower its learning_rate or use another precision, and go on with --resume"
+            "lower its learning_rate or use another precision, and go on with --resume; where it comes "
+            "again, that checkpoint is spoiled already: delete its folder, to go on with the one before"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -100,7 +100,10 @@ class CAbstractor(Resampler):
             x = self.prenorm(x)
         if c.positions:
             if c.positions != x.shape[1]:
-                raise ValueError(f"{self.name} has positions of {c.positions} tokens, not of {x.shape[1]}")
+                raise ValueError(
+                    f"{self.name} has positions of {c.positions} tokens, not of {x.shape[1]}: make it with "
+                    f"positions={x.shape[1]}"
+                )
             x = x + self.pos_emb
         x = as_map(x, grid)  # (B, in_width, rows, columns)
         if c.depth:
