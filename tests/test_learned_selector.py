@@ -360,3 +360,25 @@ def test_what_a_drawn_choice_gives_is_the_tokens_themselves():
     assert len({tuple(reduction.index.flatten().tolist()) for reduction in drawn}) > 1
     with torch.no_grad():
         assert torch.equal(module.reduction(x, (4, 4), 5).index, module.select(x, (4, 4), 5))
+
+
+@pytest.mark.parametrize("make", [selector, scorer])
+def test_the_gradient_of_a_score_is_what_a_token_is_worth_beside_the_average(make):
+    module, x = make().train(), features()
+    torch.manual_seed(3)
+    reduction = module.reduction(x, GRID, 5)
+    torch.testing.assert_close(reduction.new, gather(x, reduction.index))  # the tokens themselves
+    weights = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad((reduction.new * weights).sum(), list(module.parameters()), allow_unused=True)
+    scores = module.scores(x, GRID)
+    worth = torch.zeros(4, 12)
+    for i in range(4):
+        for j, token in enumerate(reduction.index[i].tolist()):
+            worth[i, token] = weights[i, j] @ (x[i, token] - x[i].mean(0))
+    wanted = torch.autograd.grad(
+        (scores.sigmoid() * worth).sum(), list(module.parameters()), allow_unused=True
+    )
+    assert sum(gradient is not None for gradient in found) > 4
+    for own, plain in zip(found, wanted, strict=True):
+        if plain is not None:
+            torch.testing.assert_close(own, plain)

@@ -21,8 +21,9 @@ class Selector(BetweenBlocks, Resampler):
 
     Each kind is trained by losses of its own, and then works at any stage. It may also learn from the loss of
     a host, as in stage "distill" of `vtc train`, which is in neither paper: in training mode exactly k tokens
-    are drawn (the highest scores with Gumbel noise, which draws without replacement), and those drawn are
-    scaled by a one whose gradient is that of their scores.
+    are drawn (the highest scores with Gumbel noise, which draws without replacement), and the gradient of a
+    score is what it is worth that its token is itself and not the average of all. (To scale tokens tells
+    little: language models normalise them.)
     """
 
     any_number = True
@@ -46,9 +47,10 @@ class Selector(BetweenBlocks, Resampler):
             return Reduction.select(self.select(x, grid, k), x.shape[1])
         scores = self.scores(x, grid)
         index = (scores + gumbel(scores)).topk(k, dim=1).indices.sort(dim=1).values
-        share = scores.gather(1, index).sigmoid()
-        reduction = Reduction.select(index, x.shape[1])
-        reduction.new = gather(x, index) * (1 + share - share.detach()).to(x.dtype)[..., None]
+        share = scores.gather(1, index).sigmoid()  # (B, k)
+        reduction, drawn = Reduction.select(index, x.shape[1]), gather(x, index)
+        own = drawn.detach() - x.detach().mean(1, keepdim=True)  # (B, k, D)
+        reduction.new = drawn + own * (share - share.detach()).to(x.dtype)[..., None]
         return reduction
 
 
