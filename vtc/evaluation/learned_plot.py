@@ -21,7 +21,7 @@ def plot_learned(contest: Contest, path: str | Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(FONT):
-        figure = blank_figure(9.6, 4.4)
+        figure = blank_figure(9.6, 5.0)
         left, right = figure.subplots(1, 2)
         for axes, value in ((left, _accuracy), (right, _loss)):
             _lines(axes, contest, value)
@@ -51,7 +51,7 @@ def plot_learned(contest: Contest, path: str | Path) -> None:
         more, others = right.get_legend_handles_labels()
         new = [(handle, name) for handle, name in zip(more, others, strict=True) if name not in names]
         handles, names = handles + [handle for handle, _ in new], names + [name for _, name in new]
-        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, handlelength=2.6)
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, handlelength=2.6)
         figure.savefig(path, dpi=200)
 
 

@@ -138,7 +138,7 @@ def losses_table(contest: Contest) -> str:
 
 def _lost(contest: Contest, keep: int, own: str, other: str) -> list[str]:
     losses = contest.loss(own, keep), contest.loss(other, keep)
-    ratio = f"{losses[0] / losses[1]:.2f}" if losses[1] > 0 else "-"
+    ratio = "-" if losses[1] <= 0 else "≤ 0" if losses[0] <= 0 else f"{losses[0] / losses[1]:.2f}"
     points, half = difference(contest.cell(own, keep), contest.cell(other, keep))
     told = f"{points:+.1f}" + ("" if half is None else f" ± {half:.1f}")
     read = reads(contest.board, other)
