@@ -24,7 +24,8 @@ def test_products(n, width, centred):
         found = products(x, centred)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), exact @ exact.transpose(1, 2), atol=2e-4, rtol=1e-5)
-        assert torch.equal(found, products(x.float(), centred))
+        # float32 all along; how rows lie in memory may decide which kernel sums them
+        torch.testing.assert_close(found, products(x.float(), centred), atol=5e-5, rtol=1e-6)
         assert all(torch.equal(found[[row]], products(x[[row]], centred)) for row in range(3))
 
 

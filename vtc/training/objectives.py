@@ -129,7 +129,7 @@ class Distill(Objective):
         if wrong := [k for k in self.stage.counts if k not in possible]:
             raise ValueError(
                 f"of {grid[0]} x {grid[1]} tokens, {self.module.name} makes {_told(possible)} tokens, not "
-                f"{', '.join(map(str, wrong))}: leave those out of the counts of stage {{stage}}"
+                f"{', '.join(map(str, wrong))}: leave those out of its counts"
             )
         self.possible = possible
 
