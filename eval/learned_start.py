@@ -126,7 +126,7 @@ def module_of(host: Host, case: Case) -> nn.Module:
         module.start_from(projector.linear_1, projector.linear_2)
     elif case.name == "token-slimming":
         layer = -2 if case.place == "features" else BEHIND + 1
-        module.start_from(host.features(host.training, layer), GRID, KEPT)
+        module.start_from(host.features(host.training, layer), GRID)
     return module
 
 

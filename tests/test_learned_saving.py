@@ -143,6 +143,22 @@ def test_training_of_the_language_model_leaves_the_host_what_it_is():
         vtc.compress(model, module, keep=4)
 
 
+def test_an_adapter_is_for_one_language_model(tmp_path):
+    model, other = small_model(), small_model()
+    with torch.no_grad():
+        for parameter in other.model.language_model.layers.parameters():
+            parameter.mul_(1.5)
+    module = made("ordered")
+    module.trained_on(model).adapt(model).save_pretrained(tmp_path)
+    vtc.compress(model, str(tmp_path), keep=4).remove()
+    model.resize_token_embeddings(model.config.text_config.vocab_size + 3)
+    vtc.compress(model.to(torch.bfloat16), str(tmp_path), keep=4).remove()
+    for how in (module, str(tmp_path)):
+        with pytest.raises(ValueError, match=r"whose language model, which its adapter is for, has other"):
+            vtc.compress(other, how, keep=4)
+    vtc.compress(other, module.trained_on(None), keep=4)
+
+
 def test_an_encoder_by_itself_is_a_host_too():
     from tiny.encoders import make
 
@@ -158,7 +174,7 @@ def test_the_hosts_numbers_are_few_and_readable(tmp_path):
     made("m3").trained_on(small_model()).save_pretrained(tmp_path)
     host = json.loads((tmp_path / "config.json").read_text())["host"]
     assert host["kind"] == "llava" and host["widths"] == {"vision": 32, "text": 32}
-    assert 4 <= len(host["weights"]) <= 12 and all(len(own) <= 6 for own in host["weights"].values())
+    assert 4 <= len(host["weights"]) <= 20 and all(len(own) <= 6 for own in host["weights"].values())
     assert from_pretrained(tmp_path).host == host
     assert from_pretrained(tmp_path).trained_on(None).host is None
 

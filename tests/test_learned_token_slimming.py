@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from learned_host import all_have_gradients, apart, randomise, smooth
 
 from vtc.learned import get_module
+from vtc.learned.grids import spread
 from vtc.learned.token_slimming import (
     ReverseSlimming,
     TokenSlimming,
@@ -162,23 +163,32 @@ def placed(grid, width=64, seed=3):
 
 def test_starts_as_means_of_blocks_where_features_know_their_place():
     torch.manual_seed(0)
-    grid, size = (8, 12), (4, 4)
+    grid = (8, 8)
     features = placed(grid)
     m = fresh(in_width=64, tokens=16, ratio=1.0)
     x = features(4, 100)
-    blocks = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), (2, 3)).flatten(2).transpose(1, 2)
+    blocks = F.avg_pool2d(x.transpose(1, 2).unflatten(2, grid), (2, 2)).flatten(2).transpose(1, 2)
     before = apart(m(x, grid), blocks)
-    m.start_from(features(64, 5), grid, size)
+    m.start_from(features(64, 5), grid)
     after = apart(m(x, grid), blocks)  # other pictures
     assert after < 0.45 and after < before / 2
     # most of the weight lies in the token's own block
-    owner = torch.arange(16).reshape(4, 4).repeat_interleave(2, 0).repeat_interleave(3, 1).flatten()
+    owner = torch.arange(16).reshape(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1).flatten()
     own = m.weights_of(x).gather(2, owner[None, :, None].expand(4, -1, 1))
     assert float(own.detach().sum(1).mean()) / 16 > 0.6
-    with pytest.raises(ValueError, match="are not 3 x 5"):
-        m.start_from(x, grid, (3, 5))
-    with pytest.raises(ValueError, match="are not 16 x 1"):
-        m.start_from(x, grid, (16, 1))
+    with pytest.raises(ValueError, match="no blocks on a grid of 3 x 5"):
+        m.start_from(x[:, :15], (3, 5))
+
+
+def test_starts_as_means_of_blocks_of_any_number_on_any_grid():
+    torch.manual_seed(0)
+    grid, features = (8, 12), placed((8, 12))
+    m = fresh(in_width=64, tokens=7, ratio=1.0)
+    m.start_from(features(64, 5), grid)
+    owner = F.one_hot(spread(grid, 7)[1]).T.float()  # (7, N)
+    x = features(4, 100)
+    blocks = owner @ x / owner.sum(1, keepdim=True)
+    assert apart(m(x, grid), blocks) < 0.5
 
 
 def test_the_loss_is_the_mean_over_layers_and_teaches_the_student_only():

@@ -12,8 +12,8 @@ from vtc.api import current
 from vtc.learned import build
 from vtc.training.batches import IGNORED, Asked, Visit
 from vtc.training.config import Stage
+from vtc.training.distill import Distill, divergence
 from vtc.training.forms import check_form
-from vtc.training.objectives import Distill, divergence
 from vtc.training.pictures import load_pictures
 from vtc.training.run import _end, _image_token
 

@@ -15,7 +15,7 @@ from training import DISTILL, FEATURES, LENGTH, ORDERED, save_host, settings, wr
 import vtc
 from vtc import cli
 from vtc.learned import from_pretrained
-from vtc.training import objectives, run, train, trainer
+from vtc.training import distill, objectives, on_features, run, train, trainer
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_training_that_is_resumed_ends_with_the_same_weights(make, monkeypatch
     assert same(again, expected)
 
 
-class Broken(objectives.Distill):
+class Broken(distill.Distill):
     def losses(self, batch):
         if self.step == 4 and self.micro == 1:  # between two forwards, in the middle of an epoch
             raise Stop
@@ -194,7 +194,7 @@ def test_what_a_length_head_was_taught_is_known_after_a_stop(make, monkeypatch):
     first = {**LENGTH, "errors": "answers", "counts": [1, 4]}
     config = make(first, {**LENGTH, "steps": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.Length, "of", lambda *args: (_ for _ in ()).throw(Stop))
+        patch.setattr(on_features.Length, "of", lambda *args: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             train(config)
     one = run.Path(config["output"]) / "checkpoints" / "1-length" / "module"
@@ -212,7 +212,7 @@ def test_a_stage_goes_on_with_the_rates_that_it_has_now(make):
         lower = stage | {"learning_rate": 1e-5} | ({} if muon is None else {"muon": 1e-5})
         config = make(stage, into=f"rates-{muon}")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(objectives.OnFeatures, "of", partialmethod(stopped, objectives.OnFeatures.of))
+            patch.setattr(on_features.OnFeatures, "of", partialmethod(stopped, on_features.OnFeatures.of))
             train(config)
         config["stages"] = [lower]
         train(config, resume=True)
@@ -299,14 +299,14 @@ def test_accuracy_of_the_validation_data(make, tmp_path, capsys):
 
 def test_a_loss_that_is_no_number(make, monkeypatch):
     config = make({**FEATURES, "steps": 5, "save_steps": 2})
-    training_loss = objectives.OnFeatures.of
+    training_loss = on_features.OnFeatures.of
 
     def broken(self, *args):
         found = training_loss(self, *args)
         return {name: value * float("nan") for name, value in found.items()} if self.step == 3 else found
 
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.OnFeatures, "of", broken)
+        patch.setattr(on_features.OnFeatures, "of", broken)
         with pytest.raises(RuntimeError) as error:
             train(config)
     text = str(error.value)
@@ -318,7 +318,7 @@ def test_a_loss_that_is_no_number(make, monkeypatch):
 
 
 def test_a_gradient_that_is_no_number(make, monkeypatch):
-    training_loss = objectives.OnFeatures.of
+    training_loss = on_features.OnFeatures.of
 
     def broken(self, *args):
         found = training_loss(self, *args)
@@ -326,7 +326,7 @@ def test_a_gradient_that_is_no_number(make, monkeypatch):
         return {name: value + root for name, value in found.items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(objectives.OnFeatures, "of", broken)
+        patch.setattr(on_features.OnFeatures, "of", broken)
         with pytest.raises(
             RuntimeError, match=r"the gradient is nan at step 1 .*no checkpoint of this stage yet"
         ):
@@ -399,7 +399,7 @@ def test_nothing_to_go_on_with(make, tmp_path):
             "mqt has no training_loss, which stage 1-features makes small",
         ),
         ({"name": "mqt", "heads": 2}, LENGTH, "mqt has no halting_loss"),
-        ({"name": "agent-attention"}, DISTILL, "agent-attention makes no fewer tokens"),
+        ({"name": "agent-attention"}, DISTILL, "'agent-attention' is no module that"),
         ({"name": "orderd"}, DISTILL, "there is no module 'orderd'"),
         ({**ORDERED, "token": 3}, DISTILL, "ordered has no option 'token'"),
         ({**ORDERED, "in_width": 48}, DISTILL, "48"),

@@ -56,8 +56,9 @@ class LearnedModule(nn.Module):
         return next((weight.dtype for weight in self.parameters()), torch.float32)
 
     def trained_on(self, model: nn.Module | None) -> Self:
-        """Notes the host that it works with, as `save_pretrained` keeps it: kind, widths, and a few of the
-        weights of encoder and projector. `vtc.compress()` then refuses others. None: any host will do."""
+        """Notes the host that it works with, as `save_pretrained` keeps it: kind, widths, and a few of its
+        weights. `vtc.compress()` then refuses hosts with another encoder or projector, and where there is an
+        adapter with another language model. None: any host will do."""
         self.host = None if model is None else fingerprint(model)
         return self
 
@@ -170,6 +171,13 @@ class Resampler(LearnedModule):
     def shape(self, grid: Grid, k: int) -> Grid | None:
         """The grid of k tokens, row by row; None where they have none of their own."""
         return None
+
+    def begin(self, found: Sequence[tuple[Tensor, Grid]], projector: nn.Module | None) -> None:
+        """What a fresh module takes from its host before it is trained; here nothing.
+
+        found: features (R, N, D) of pictures as the module will be given them, and their grid, for one or
+        more grids. projector: the host's, None where it has none.
+        """
 
     def as_method(self) -> Method:
         """What `vtc.compress()` makes of it."""

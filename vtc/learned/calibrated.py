@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from .base import Grid
 
 
 class Calibrated(nn.Module):
@@ -12,6 +16,9 @@ class Calibrated(nn.Module):
     def _uncalibrated(self, width: int) -> None:
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
+
+    def begin(self, found: Sequence[tuple[Tensor, Grid]], projector: nn.Module | None) -> None:
+        self.calibrate(torch.cat([x.flatten(0, 1) for x, _ in found]))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from ..hosts.trunk import Trunk
 
 MATRICES, VECTORS, VALUES = 8, 4, 6  # how many are looked at, and how many numbers of each
+OF_DECODER = 4  # how many of the language model, of either kind
 TOLERANCE = 2**-6  # relative: half precision of a number rounds it by up to 2**-9, twice by more
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Of a vision-language model, or of a vision transformer by itself, as JSON has it: "kind", "widths" and
-    "weights", a few numbers of some tensors of encoder and projector by name. What training of the language
-    model or another dtype changes is not in it."""
+    "weights", a few numbers of some tensors by name. Those of the language model matter to modules with an
+    adapter alone: others go along with its training. What another dtype changes is not in it."""
     return _of(open_model(model))
 
 
@@ -33,8 +34,12 @@ def check_host(module: Any, opened: Vision | Trunk) -> None:
     differs = None
     if (here["kind"], here["widths"]) != (there["kind"], there["widths"]):
         differs = f"not on this {_told(here)}"
-    elif not _alike(_tensors(opened), there["weights"]):
+    elif not _alike(_of_vision(opened), there["weights"]):
         differs = f"whose encoder or projector has other weights than this {here['kind']}"
+    elif module.adapter is not None and not _alike(_of_decoder(opened), there["weights"]):
+        differs = (
+            "whose language model, which its adapter is for, has other weights than this one"
+        )
     if differs:
         raise ValueError(
             f"the module '{module.name}' was trained on a {_told(there)}, {differs}; call "
@@ -47,12 +52,16 @@ def _told(host: dict[str, Any]) -> str:
 
 
 def _of(opened: Vision | Trunk) -> dict[str, Any]:
-    tensors = _tensors(opened)
-    matrices = sorted(name for name, tensor in tensors.items() if tensor.dim() > 1)
-    vectors = sorted(set(tensors) - set(matrices))  # which are never quantised
-    chosen = [*_spread(matrices, MATRICES), *_spread(vectors, VECTORS)]
-    weights = {name: _sample(tensors[name]) for name in chosen}
+    weights = _samples(_of_vision(opened), MATRICES, VECTORS)
+    weights |= _samples(_of_decoder(opened), OF_DECODER, OF_DECODER)
     return {"kind": _kind(opened), "widths": _widths(opened), "weights": weights}
+
+
+def _samples(tensors: dict[str, Tensor], matrices: int, vectors: int) -> dict[str, list[float]]:
+    """A few numbers of some of them; vectors are never quantised."""
+    broad = sorted(name for name, tensor in tensors.items() if tensor.dim() > 1)
+    chosen = [*_spread(broad, matrices), *_spread(sorted(set(tensors) - set(broad)), vectors)]
+    return {name: _sample(tensors[name]) for name in chosen}
 
 
 def _kind(opened: Vision | Trunk) -> str:
@@ -71,17 +80,22 @@ def _widths(opened: Vision | Trunk) -> dict[str, int]:
     return widths
 
 
-def _tensors(opened: Vision | Trunk) -> dict[str, Tensor]:
-    """Those of encoder and projector whose numbers are theirs in any dtype: not quantised, not elsewhere."""
-    if hasattr(opened, "encoder"):
-        parts = {"encoder": opened.encoder.tower, "projector": opened.projector}
-    else:
-        parts = {"encoder": opened.tower}
+def _of_vision(opened: Vision | Trunk) -> dict[str, Tensor]:
+    if not hasattr(opened, "encoder"):
+        return _named("encoder", opened.tower)
+    return _named("encoder", opened.encoder.tower) | _named("projector", opened.projector)
+
+
+def _of_decoder(opened: Vision | Trunk) -> dict[str, Tensor]:
+    """Without embeddings, which become more when words are added."""
+    return _named("decoder", opened.decoder.layers) if hasattr(opened, "decoder") else {}
+
+
+def _named(part: str, module: nn.Module | None) -> dict[str, Tensor]:
+    """Those whose numbers are theirs in any dtype: not quantised, not elsewhere."""
     return {
         f"{part}.{name.replace('base_layer.', '')}": parameter.detach()
-        for part, module in parts.items()
-        if module is not None
-        for name, parameter in module.named_parameters()
+        for name, parameter in (module.named_parameters() if module is not None else ())
         if parameter.is_floating_point() and parameter.device.type != "meta" and "lora_" not in name
     }
 

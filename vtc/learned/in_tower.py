@@ -26,6 +26,7 @@ class ReplacedAttention(LearnedModule):
 
         module = ReplacedAttention.for_host(model, "proxy-attention", window=4)
         handle = vtc.compress(model, module)  # no budget: all tokens stay, only attention is another
+        handle.keep = 1.0  # the bare model for a while, until handle.keep = None
         handle.remove()  # the host's own attention is back, as it was
 
     Starts from the host's attention (each replacement's `start_from`), which rests meanwhile: neither the
@@ -140,9 +141,10 @@ class ReplacedAttention(LearnedModule):
 def _replacement(name: str) -> type[AttentionReplacement]:
     kind = get_module(name)
     if not issubclass(kind, AttentionReplacement):
-        raise ValueError(f"'{name}' is no replacement of attention: there are {', '.join(_known())}")
+        raise ValueError(f"'{name}' is no replacement of attention: there are {', '.join(replacements())}")
     return kind
 
 
-def _known() -> list[str]:
+def replacements() -> list[str]:
+    """Names of modules for the place of attention."""
     return [name for name in list_modules() if issubclass(get_module(name), AttentionReplacement)]

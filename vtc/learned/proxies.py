@@ -182,6 +182,15 @@ class ProxyProjector(Resampler):
         initialise(self)
         zero(self.proxy_attn1.to_out)
 
+    def begin(self, found: Sequence[tuple[Tensor, Grid]], projector: nn.Module | None) -> None:
+        """Starts from the host's projector where that has two layers of the same shapes."""
+        parts = [] if projector is None else projector.modules()
+        layers = [part for part in parts if isinstance(part, nn.Linear)]
+        shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers]
+        own = [{name: p.shape for name, p in self.projector[i].named_parameters()} for i in (0, 2)]
+        if shapes == own:
+            self.start_from(*layers)
+
     @torch.no_grad()
     def start_from(self, first: nn.Linear, second: nn.Linear) -> None:
         """From the two layers of a projector with GELU between them, as LLaVA 1.5 has it."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..tokens import Reduction
 from ..transformer import initialise
 from .base import Grid, LearnedModule, Resampler
+from .grids import spread
 from .in_encoder import BetweenBlocks
 from .mlp import Mlp
 from .registry import register_module
@@ -83,29 +84,30 @@ class TokenSlimming(BetweenBlocks, Resampler):
         """(B, N, tokens), which sum to 1 over the N."""
         return (self.weight(x) * self.scale).softmax(1)
 
+    def begin(self, found: Sequence[tuple[Tensor, Grid]], projector: nn.Module | None) -> None:
+        grid = found[0][1]
+        self.start_from(torch.cat([x for x, other in found if other == grid]).float(), grid)
+
     @torch.no_grad()
     def start_from(
         self,
         features: Tensor,
         grid: Grid,
-        size: Grid,
         sharpness: float = 10.0,
         ridge: float = 1e-3,
         steps: int = 50,
     ) -> None:
-        """Fits the last layer on features (images, N, width) of a grid, for tokens out on a grid of `size`:
-        each is to be the mean of its block.
+        """Fits the last layer on features (images, N, width) of a grid, so that each token out is about the
+        mean of its block; blocks are those of `grids.spread`, a square number of them on a square grid.
 
         First by least squares, where a token of the block gets the logit `sharpness` and others get 0, then
         by `steps` of L-BFGS on the cross-entropy of weights and blocks, which is convex. ridge: of the first
-        fit, by the mean square of the hidden numbers. Raises ValueError for a size that does not have
-        `tokens`.
+        fit, by the mean square of the hidden numbers. Raises ValueError for fewer tokens in than out.
         """
-        if size[0] * size[1] != self.config.tokens or size[0] > grid[0] or size[1] > grid[1]:
-            raise ValueError(f"{self.config.tokens} tokens on a grid of {grid} are not {size[0]} x {size[1]}")
         self.checked(features, grid)
-        owner = torch.arange(size[0] * size[1], device=features.device).reshape(1, 1, *size).float()
-        owner = F.interpolate(owner, grid, mode="nearest").long().flatten()  # (N,)
+        if self.config.tokens > grid[0] * grid[1]:
+            raise ValueError(f"{self.config.tokens} tokens have no blocks on a grid of {grid[0]} x {grid[1]}")
+        owner = spread(grid, self.config.tokens)[1].to(features.device)  # (N,)
         blocks = F.one_hot(owner, self.config.tokens)  # (N, tokens)
         hidden = self.weight[:3](features.to(self.scale))  # (images, N, hidden)
         wanted = sharpness * blocks.double().repeat(len(features), 1)

@@ -31,6 +31,7 @@ class AttentionStage:
 
     opened  the model, of which the vision tower is meant
     module  one replacement for each of its `parts`
+    keep    None: they attend; 1.0: the bare model
     Raises ValueError for a tower whose attention cannot be replaced, and for a module made for another.
     """
 
@@ -49,9 +50,13 @@ class AttentionStage:
         self._entry: Any = None
         self._clear()
 
-    def check(self, keep: Any) -> None:
-        if keep not in (None, 1.0):
-            raise ValueError(f"replaced attention keeps all tokens, so that there is no keep={keep!r}")
+    def check(self, keep: Any) -> float | None:
+        if keep is None or (isinstance(keep, float) and keep == 1):
+            return keep
+        raise ValueError(
+            f"replaced attention keeps all tokens, so that there is no keep={keep!r}: None is with the "
+            "module, 1.0 the bare model"
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class _Site:
         self.pair = not hasattr(self.attention, "qkv")  # all but timm's give attention maps too, or None
 
     def install(self) -> None:
-        self._before = vars(self.attention).get("forward")
+        self._before, self.bare = vars(self.attention).get("forward"), self.attention.forward
         setattr(self.attention, REPLACED, self)
         self.attention.forward = MethodType(_forward, self.attention)
 
@@ -162,6 +167,8 @@ def _forward(attention: nn.Module, *args: Any, **kwargs: Any) -> Any:
     site = getattr(attention, REPLACED, None)
     if site is None:  # removed, where somebody wrapped this meanwhile
         return type(attention).forward(attention, *args, **kwargs)
+    if site.stage.keep is not None:
+        return site.bare(*args, **kwargs)
     return site.attend(args, kwargs)
 
 

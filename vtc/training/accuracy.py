@@ -13,7 +13,7 @@ from ..api import compress
 from ..evaluation.prompts import Batches
 from ..evaluation.runner import ask
 from ..evaluation.tasks import Item, Task, load_task
-from ..learned import Resampler
+from ..learned.base import LearnedModule
 from .config import Data
 from .pictures import load_pictures
 
@@ -40,15 +40,20 @@ def validation(processor: Any, data: Data) -> Batches | None:
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, module: Resampler, batches: Batches, counts: Sequence[int]
+    model: nn.Module,
+    module: LearnedModule,
+    batches: Batches,
+    counts: Sequence[int | None],
+    where: dict[str, Any],
 ) -> dict[str, float]:
-    """The share of right answers with all tokens ("full") and by the number of tokens."""
+    """The share of right answers of the host ("full") and with the module, by the number of tokens; "all"
+    where it keeps them all. where: what else `compress` is told."""
     module.eval()
     found = {"full": _share(model, batches)}
-    with compress(model, module, keep=counts[0]) as handle:
+    with compress(model, module, keep=counts[0], **where) as handle:
         for k in counts:
             handle.keep = k
-            found[str(k)] = _share(model, batches)
+            found["all" if k is None else str(k)] = _share(model, batches)
     return found
 
 
@@ -57,7 +62,7 @@ def _share(model: nn.Module, batches: Batches) -> float:
     return round(row["accuracy"], 4)
 
 
-def spread(possible: Sequence[int]) -> list[int]:
+def spread(possible: Sequence[int] | Sequence[None]) -> list[int] | list[None]:
     """A few of the numbers, from the least to the most, in even ratios."""
     if len(possible) <= SPREAD:
         return [*possible]

@@ -14,6 +14,7 @@ OWN = {
     "length": ("lengths", "errors", "counts"),
 }
 SHARED = ("kind", "steps", "batch_size", "learning_rate", "muon", "evaluate")
+SETTINGS = ("stage", "schedule", "restore", "carry", "positions", "allocate")  # of `vtc.compress()`
 # What else `TrainingArguments` has that a stage cannot say.
 SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16",
@@ -48,8 +49,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Stage:
-    """kind         "features", images only: the module's `training_loss`; "distill", the answers of the host
-                 with all its tokens; "length", the module's `halting_loss`
+    """kind         "features", images only: the module's `training_loss`, or with replaced attention the
+                 host's own features; "distill", the answers of the host with all its tokens; "length", the
+                 module's `halting_loss`
     steps        of the optimizer
     batch_size   pictures in a forward of one process
     muon         the rate of Muon for the module's matrices, such as 2e-3; AdamW for all weights where None
@@ -89,6 +91,7 @@ class Stage:
 class Config:
     """model      the host: a folder or a name on the Hugging Face Hub
     module     {"name": ..., options}, widths as the host's where left out; or {"from": folder}
+    compress   what else `vtc.compress()` is told in training: {"stage": "encoder", "schedule": [2]}, say
     adapter    low-rank updates of the language model that are learned along, {"rank": 16}; none where None
     output     folder of the finished module, with checkpoints/ of the stages in it
     precision  "no", "bf16" or "fp16": of products, by autocast
@@ -100,6 +103,7 @@ class Config:
     data: Data
     stages: tuple[Stage, ...]
     adapter: dict[str, Any] | None = None
+    compress: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     precision: str = "no"
 
@@ -107,7 +111,8 @@ class Config:
         """As the YAML has it."""
         rest = {
             name: getattr(self, name)
-            for name in ("model", "module", "adapter", "output", "seed", "precision")
+            for name in ("model", "module", "compress", "adapter", "output", "seed", "precision")
+            if name != "compress" or self.compress
         }
         stages = [stage.shown() for stage in self.stages]
         return rest | {"data": dataclasses.asdict(self.data), "stages": stages}

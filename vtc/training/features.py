@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,7 @@ class Features:
     def __init__(self, model: nn.Module, behind: bool = False):
         self.model, self.behind = model, behind
         host = find_host(model)
-        self.owner, self.probe = features_owner(model), Probe(projected=not (host.late or host.memory))
-        self.names = inspect.signature(self.owner.get_image_features).parameters
+        self.probe = Probe(projected=not (host.late or host.memory))
         self.handle = compress(model, self.probe, keep=1)
 
     def remove(self) -> None:
@@ -73,9 +73,22 @@ class Features:
     def both(self, vision: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Grid]]:
         """In front of the projector and behind it."""
         self.probe.found.clear()
-        vision = place(vision, self.model)
-        given = {name: value for name, value in vision.items() if name in self.names}
-        self.owner.get_image_features(**given, return_dict=True)
+        image_features(self.model, vision)
         found = [*self.probe.found]
         self.probe.found.clear()
         return found
+
+
+def image_features(model: nn.Module, vision: dict[str, Tensor]) -> Any:
+    """What `get_image_features` of a host gives for pictures as its processor makes them."""
+    owner = features_owner(model)
+    names = inspect.signature(owner.get_image_features).parameters
+    given = {name: value for name, value in place(vision, model).items() if name in names}
+    return owner.get_image_features(**given, return_dict=True)
+
+
+def told_to_decoder(model: nn.Module, vision: dict[str, Tensor]) -> Tensor:
+    """Features of all pictures behind the host's projector, float32: (M, D)."""
+    found = image_features(model, vision).pooler_output
+    parts = [found] if isinstance(found, Tensor) else found  # a tensor for each picture
+    return torch.cat([part.flatten(0, -2) for part in parts]).float()

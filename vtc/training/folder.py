@@ -48,8 +48,8 @@ class Folder:
                 f"{self.path} holds a training with {same} configuration: go on with --resume, or choose "
                 "another output"
             )
-        fixed = ("model", "module", "adapter")
-        changed = [name for name in fixed if report["config"].get(name) != shown[name]]
+        fixed = ("model", "module", "compress", "adapter")
+        changed = [name for name in fixed if report["config"].get(name) != shown.get(name)]
         if changed:
             raise ValueError(
                 f"{self.path} holds a training with another {' and '.join(changed)}: choose another output"

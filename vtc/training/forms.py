@@ -21,7 +21,7 @@ def check_form(objective: Any, collate: Any, items: list) -> None:
     device = next(objective.host.parameters()).device
     batches = [_to(collate.batch(images, asked, shared), device) for shared in (collate.shared, False)]
     with torch.enable_grad():
-        if not objective.student(batches[1], objective.possible[-1]).requires_grad:
+        if not objective.student(batches[1], objective.possible[0]).requires_grad:
             raise ValueError(
                 f"answers have no gradient for {objective.module.name}, which has nothing to learn: give it "
                 "an adapter, or leave the stages of kind distill out"

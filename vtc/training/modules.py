@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hosts import open_host
 from ..learned import Resampler, build, from_pretrained, get_module
-from ..learned.base import Grid
+from ..learned.base import Grid, LearnedModule
+from ..learned.in_tower import ReplacedAttention, replacements
 from .config import Config
 from .features import Features, behind
-from .objectives import NEEDED
+from .objectives import check_kind
 
-CALIBRATED = 256  # pictures whose features say in which units a module works
+LOOKED_AT = 256  # pictures whose features a module starts from
+
+TRAINED = (Resampler, ReplacedAttention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +40,17 @@ def widths(model: nn.Module, vision: dict[str, torch.Tensor]) -> Widths:
     return Widths(inner.shape[-1], outer.shape[-1], grid)
 
 
-def make_module(config: Config, found: Widths, model: nn.Module) -> Resampler:
+def make_module(config: Config, found: Widths, model: nn.Module) -> LearnedModule:
     """Fresh, or out of a folder. Raises ValueError for one that a stage cannot train."""
     options = dict(config.module)
-    if "from" in options:
-        module = from_pretrained(options["from"])
-    else:
-        name = options.pop("name")
-        cls = get_module(name)
-        if not issubclass(cls, Resampler):
-            raise ValueError(f"{name} makes no fewer tokens of an image: `vtc train` trains those that do")
-        torch.manual_seed(config.seed)
-        module = build(name, **_fitting(cls, found, model) | options)
-    if not isinstance(module, Resampler):
-        raise ValueError(f"{module.name} makes no fewer tokens of an image: `vtc train` trains those that do")
+    module = from_pretrained(options["from"]) if "from" in options else _fresh(config, found, model)
+    if not isinstance(module, TRAINED):
+        raise ValueError(
+            f"'{module.name}' is no module that `vtc train` trains: those make fewer tokens of an image, or "
+            "are 'replaced-attention'"
+        )
     for stage, own in zip(config.names(), config.stages):
-        if (needed := NEEDED.get(own.kind)) and not hasattr(module, needed):
-            raise ValueError(
-                f"{module.name} has no {needed}, which stage {stage} makes small: leave that stage out"
-            )
+        check_kind(module, own, stage)
     if config.adapter is not None and module.adapter is None:
         module.adapt(model, **config.adapter)
     elif config.adapter is not None:  # one that was learned goes on being learned
@@ -64,7 +60,19 @@ def make_module(config: Config, found: Widths, model: nn.Module) -> Resampler:
                 f"the module of {options['from']} has an adapter of another {' and '.join(changed)}, which "
                 f"would be lost: its rank is {own['rank']} and its alpha {own['alpha']}; leave adapter out"
             )
-    return module.requires_grad_(True)
+    return module.float().requires_grad_(True)
+
+
+def _fresh(config: Config, found: Widths, model: nn.Module) -> LearnedModule:
+    options = dict(config.module)
+    cls = get_module(options.pop("name"))
+    torch.manual_seed(config.seed)
+    if cls is not ReplacedAttention:
+        fitting = _fitting(cls, found, model) if issubclass(cls, TRAINED) else {}
+        return build(cls.name, **fitting | options)
+    if "replacement" not in options:
+        raise ValueError(f"module has no 'replacement': {', '.join(replacements())}")
+    return ReplacedAttention.for_host(model, **options)
 
 
 def _fitting(cls: type[Resampler], found: Widths, model: nn.Module) -> dict[str, Any]:
@@ -77,13 +85,11 @@ def _fitting(cls: type[Resampler], found: Widths, model: nn.Module) -> dict[str,
     return {name: value for name, value in fitting.items() if name in fields}
 
 
-def calibrate(module: Resampler, model: nn.Module, vision: list[dict[str, torch.Tensor]]) -> None:
-    """Units from the features of some pictures, where the module has them."""
-    if not hasattr(module, "calibrate"):
-        return
+def begin(module: Resampler, model: nn.Module, vision: list[dict[str, torch.Tensor]]) -> None:
+    """What a fresh module takes from the features of some pictures, and from the host's projector."""
     features = Features(model, behind(model, module))
     try:
-        found = [x.flatten(0, 1) for inputs in vision for x, _ in features(inputs)]
+        found = [pair for inputs in vision for pair in features(inputs)]
     finally:
         features.remove()
-    module.calibrate(torch.cat(found))
+    module.begin([(x.float(), grid) for x, grid in found], open_host(model).projector)

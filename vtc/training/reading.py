@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import ERRORS, OWN, PRECISIONS, SET_HERE, SHARED, Config, Data, Stage
+from .config import ERRORS, OWN, PRECISIONS, SET_HERE, SETTINGS, SHARED, Config, Data, Stage
 from .values import check_mapping, check_names, checked, made
 
 
@@ -39,6 +39,8 @@ def read_config(source: str | Path | dict[str, Any] | Config, settings: Iterable
         check_names("adapter", config.adapter, ("rank", "alpha"))
         for name, value in config.adapter.items():
             checked(f"adapter.{name}", "int" if name == "rank" else "float | None", value)
+    check_mapping("compress", config.compress)
+    check_names("compress", config.compress, SETTINGS)
     if config.data.validation is None and any(stage.evaluate for stage in config.stages):
         raise ValueError("a stage with 'evaluate' needs questions: give data.validation")
     if not 0 <= config.seed < 2**32:

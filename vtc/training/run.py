@@ -13,6 +13,7 @@ from torch import nn
 
 from ..cost import versions
 from ..learned import Resampler
+from ..learned.base import LearnedModule
 from .config import Config
 from .folder import Folder
 from .reading import read_config
@@ -20,7 +21,7 @@ from .reading import read_config
 
 def train(
     config: str | Path | dict[str, Any] | Config, settings: Iterable[str] = (), resume: bool = False
-) -> Resampler:
+) -> LearnedModule:
     """Trains a module in a frozen host, and saves it.
 
     config    a YAML file, a dict of the same form, or a `Config`; see there for the keys
@@ -66,11 +67,11 @@ class _Training:
 
     # The run
 
-    def run(self) -> Resampler:
+    def run(self) -> LearnedModule:
         from ..ask import load_model
         from .accuracy import validation
         from .batches import Looked
-        from .modules import calibrate, make_module, widths
+        from .modules import LOOKED_AT, begin, make_module, widths
         from .pictures import training_pictures
 
         config = self.config
@@ -85,8 +86,8 @@ class _Training:
         self.module.to(self.model.device)
         self._check_host()
         self._check_stages()
-        if "name" in config.module:
-            calibrate(self.module, self.model, self._looked(look))
+        if "name" in config.module and self._in_front():
+            begin(self.module, self.model, self._looked(look, LOOKED_AT))
         self.report |= {"versions": versions(), "finished": False}
         self.report["processes"] = self.arguments[0].world_size
         self.write()
@@ -94,20 +95,25 @@ class _Training:
             self._stage(number)
         return self._finish()
 
-    def _looked(self, look: Any, n: int | None = None) -> list[dict[str, torch.Tensor]]:
-        from .batches import Visit
-        from .modules import CALIBRATED
+    def _in_front(self) -> bool:
+        """Whether the module is given features that leave the encoder."""
+        return isinstance(self.module, Resampler) and self.where["stage"] == "features"
 
-        numbers = range(min(n or CALIBRATED, len(self.pictures)))
+    def _looked(self, look: Any, n: int) -> list[dict[str, torch.Tensor]]:
+        from .batches import Visit
+
+        numbers = range(min(n, len(self.pictures)))
         parts = [numbers[start : start + 32] for start in numbers[::32]]
         return [look([Visit(number) for number in part])["vision"] for part in parts]
 
     def _check_host(self) -> None:
         """Raises ValueError where `compress` refuses the module."""
         from ..api import compress
+        from .distill import possible_counts
 
-        counts = self.module.counts_for(self.found.grid)
-        compress(self.model, self.module, keep=counts[-1]).remove()
+        most = possible_counts(self.module, self.found.grid)[-1]
+        with compress(self.model, self.module, keep=most, **self.config.compress) as handle:
+            self.where = {**self.config.compress, "stage": handle.plan[0][1]["stage"]}
         self.module.trained_on(self.model)  # checkpoints know it too
 
     def _check_stages(self) -> None:
@@ -118,13 +124,11 @@ class _Training:
                 raise ValueError(f"stage {name}: {error}") from None
 
     def _objective(self, number: int) -> Any:
-        from .objectives import Distill, objective_of
+        from .objectives import objective_of
 
-        stage = self.config.stages[number]
-        kind = objective_of(stage)
-        more = {"grid": self.found.grid} if issubclass(kind, Distill) else {}
-        seed = (self.config.seed, number)
-        return kind(self.module, self.model, stage, seed, **more)
+        stage, seed = self.config.stages[number], (self.config.seed, number)
+        kind = objective_of(stage, self.module)
+        return kind(self.module, self.model, stage, seed, self.found.grid, self.where)
 
     def _stage(self, number: int) -> None:
         from .forms import check_form
@@ -198,17 +202,18 @@ class _Training:
 
     # Afterwards
 
-    def counts(self) -> list[int]:
+    def counts(self) -> list[int] | list[None]:
         """The numbers of tokens that accuracies are told of."""
         from .accuracy import spread
+        from .distill import possible_counts
 
         asked = {k for stage in self.config.stages for k in stage.counts}
-        return sorted(asked) or spread(self.module.counts_for(self.found.grid))
+        return sorted(asked) or spread(possible_counts(self.module, self.found.grid))
 
     def _accuracy(self) -> dict[str, float]:
         from .accuracy import accuracy
 
-        return accuracy(self.model, self.module, self.batches, self.counts())
+        return accuracy(self.model, self.module, self.batches, self.counts(), self.where)
 
     def _evaluate(self, objective: Any, name: str, step: int) -> None:
         if not self.first:
@@ -222,7 +227,7 @@ class _Training:
         self.write()
         print(f"{name}, step {step}: {shown(found)}")
 
-    def _finish(self) -> Resampler:
+    def _finish(self) -> LearnedModule:
         self.module.eval()
         if self.first:
             if self.batches is not None:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from ..learned.base import LearnedModule
 from .config import Config, Stage
-from .objectives import Objective
+from .objective import Objective
 from .optimizers import make_optimizer
 
 STATE = "trainer_state.json"
