@@ -4,7 +4,7 @@ Run from the repository's root: python eval/train_modules.py [--only tokenpacker
 
 Each takes some minutes on two cores, and ends up in models/tiny-llava-NAME. The one that is trained longer,
 with all stages, has a file of its own, vtc train models/tiny-llava-ordered/train.yaml; `ordered-400` is the
-same with as many steps as the others.
+same with as many steps as the others. What stands in the place of the tower's attention learns its features.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from vtc.training import train
 
 ANY = (1, 4, 9, 16, 36, 64)  # tokens that those are trained with that make any number
 SQUARES = (1, 4, 9, 16, 36)
+
+# The host reads the last block but one.
+REPLACED = {"name": "replaced-attention", "blocks": [0, 1, 2, 3, 4]}
 
 # Options, and the numbers of tokens to learn with; none where there is only one.
 MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -40,23 +43,28 @@ MODULES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {"name": "ordered", "tokens": 64, "width": 192, "heads": 6, "decoder_width": 128, "start": "mean"},
         ANY,
     ),
+    "agent-attention": ({**REPLACED, "replacement": "agent-attention", "agents": 36}, ()),
+    "super-token-attention": ({**REPLACED, "replacement": "super-token-attention", "cell": [2, 2]}, ()),
 }
 
 
 def config(name: str, folder: Path) -> dict[str, Any]:
-    """The same steps and adapter for all."""
+    """The same steps for all, and the same adapter for what makes fewer tokens."""
     options, counts = MODULES[name]
-    distill = {"kind": "distill", "steps": 400, "batch_size": 32, "muon": 2e-3, "ce": 1.0, "full": False}
+    steps = {"steps": 400, "batch_size": 32, "muon": 2e-3}
+    replaced = options.get("name") == "replaced-attention"
+    distill = {"kind": "distill", **steps, "ce": 1.0, "full": False}
+    more = {"counts": list(counts)} if counts else {}
     return {
         "model": "models/tiny-llava",
         "module": {"name": name, **options},
-        "adapter": {"rank": 16},
+        "adapter": None if replaced else {"rank": 16},
         "output": str(folder),
         "data": {
             "train": "scenes", "n": 40000, "questions": 8, "cache": ".cache/scenes",
             "validation": "scenes", "n_validation": 256,
         },
-        "stages": [distill | ({"counts": list(counts)} if counts else {})],
+        "stages": [{"kind": "features", **steps} if replaced else distill | more],
     }  # fmt: skip
 
 
