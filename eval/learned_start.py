@@ -5,7 +5,8 @@ blocks of the tower is replaced: how far its features are from those of the bare
 how many questions (tiny-llava) or pictures (tiny-clip) are answered right. Where tokens are made of tokens,
 behind the tower or inside of it: how many questions are, beside the pooled tokens of `pool`. Modules that
 start from features see training scenes. One row for each in eval/results/learned-start.jsonl; what is there
-already is not measured again. How token-slimming starts was settled on the first 200 of the test questions.
+already is not measured again. Two replacements of attention stand there after training, too. How
+token-slimming starts was settled on the first 200 of the test questions.
 
     python eval/learned_start.py                     # about a quarter of an hour on two cores
     python eval/learned_start.py --readme README.md  # fills its part <!-- learned-start:begin -->
@@ -39,23 +40,27 @@ from vtc.evaluation.runner import ask
 from vtc.evaluation.scenes import scene
 from vtc.evaluation.tables import markdown
 from vtc.evaluation.tasks import load_task
-from vtc.learned import build
+from vtc.learned import build, from_pretrained
 from vtc.learned.in_tower import ReplacedAttention
+from vtc.tokenizers.manifest import weights_digest
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "eval" / "results" / "learned-start.jsonl"
 GRID, KEPT, BEHIND = (12, 12), (6, 6), 2  # reducers make a quarter; in the tower, behind this block
 MODELS = ("tiny-llava", "tiny-clip")
+LATER = "trained"
 
 
 @dataclass(frozen=True)
 class Case:
-    """place: "attention", "features" or "encoder". name: of a module or method; None: the bare model."""
+    """place: "attention", "features" or "encoder". name: of a module or method; None: the bare model. folder:
+    of one that was trained on tiny-llava."""
 
     place: str
     name: str | None
     options: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    folder: str | None = None
 
 
 CASES = (
@@ -65,6 +70,8 @@ CASES = (
     Case("attention", "proxy-attention", {"window": 4, "joint": False}, "as in the paper"),
     Case("attention", "agent-attention", {"agents": 36}),
     Case("attention", "super-token-attention", {"cell": [2, 2]}),
+    Case("attention", "agent-attention", note=LATER, folder="models/tiny-llava-agent-attention"),
+    Case("attention", "super-token-attention", note=LATER, folder="models/tiny-llava-super-token-attention"),
     Case("features", "pool"),
     Case("features", "token-slimming", {"tokens": 36}, "starts from features"),
     Case("features", "semantic-tokens", {"heads": 4, "window": 4, "sample": 2, "area": 6}),
@@ -115,6 +122,8 @@ class Host:
 
 
 def module_of(host: Host, case: Case) -> nn.Module:
+    if case.folder:
+        return from_pretrained(ROOT / case.folder)
     if case.place == "attention":
         return ReplacedAttention.for_host(host.model, case.name, **case.options)
     widths = {"in_width": host.tower.config.hidden_size}
@@ -161,9 +170,11 @@ def block(rows: Sequence[Row]) -> str:
     by = "; ".join(f"`{command}` at commit {commit}" for command, commit in made)
     one = rows[0]
     parts.append(
-        f"Before any training. Accuracy in per cent on {one['questions']} questions or pictures (95 % "
-        f"interval up to ± {196 * math.sqrt(0.25 / one['questions']):.1f}); distances of features relative "
-        f"to their length, over {one['scenes']} scenes. Made by {by}."
+        f"Before any training, except of what is marked `{LATER}`: there the blocks that the host reads have "
+        "learned its own features (`python eval/train_modules.py`). Accuracy in per cent on "
+        f"{one['questions']} questions or pictures (95 % interval up to "
+        f"± {196 * math.sqrt(0.25 / one['questions']):.1f}); distances of features relative to their length, "
+        f"over {one['scenes']} scenes. Made by {by}."
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -210,10 +221,11 @@ def run(models: Sequence[str], cases: Sequence[Case], options: argparse.Namespac
         for name in models:
             host = Host(name, options)
             for case in cases:
-                if name == "tiny-clip" and case.place != "attention":
+                if name == "tiny-clip" and (case.place != "attention" or case.folder):
                     continue
                 about = [name, case.place, case.name, case.options, host.fingerprint, options.scenes]
                 about += [options.training_scenes] if case.name == "token-slimming" else []
+                about += [case.folder, weights_digest(module_of(host, case))] if case.folder else []
                 key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
                 if key in results.rows:
                     continue

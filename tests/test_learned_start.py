@@ -44,12 +44,14 @@ def test_rows_say_what_was_measured(output):
     rows = read_rows(output)[0]
     places = [(row["place"], row["name"]) for row in rows]
     assert places == [
-        ("attention", None), ("attention", "agent-attention"), ("features", "pool"),
-        ("features", "token-slimming"), ("features", "proxy-projector"), ("encoder", "token-slimming"),
+        ("attention", None), ("attention", "agent-attention"), ("attention", "agent-attention"),
+        ("features", "pool"), ("features", "token-slimming"), ("features", "proxy-projector"),
+        ("encoder", "token-slimming"),
     ]  # fmt: skip
-    bare, agents, *reduced = rows
+    bare, agents, trained, *reduced = rows
     assert bare["accuracy"] >= 12 / 14 and "distance" not in bare and bare["tokens"] == 144
     assert agents["distance"] > 0 and agents["operations"] < 1
+    assert 0 < trained["distance"] < agents["distance"] and trained["note"] == "trained"
     assert all(row["tokens"] == 36 and 0 <= row["accuracy"] <= 1 for row in reduced)
 
 

@@ -21,7 +21,7 @@ from vtc.training.on_features import Imitate
 from vtc.training.pictures import load_pictures
 from vtc.training.run import _end, _image_token
 
-SCORERS = {"name": "staged", "module": "learned-scorer", "blocks": [0], "options": [{"in_width": 32}]}
+SCORERS = {"name": "staged", "module": "learned-scorer", "blocks": [0]}
 AGENTS = {"name": "replaced-attention", "replacement": "agent-attention", "blocks": [0, 1], "agents": 9}
 
 
@@ -93,7 +93,7 @@ def test_the_loss_inside_of_the_encoder_is_that_of_the_compressed_host(batch):
 def test_scorers_inside_of_the_encoder_learn(make):
     config = make({**DISTILL, "learning_rate": 1e-2}, module=SCORERS)
     torch.manual_seed(0)
-    fresh = build(**{"name": "staged", **{k: v for k, v in SCORERS.items() if k != "name"}}).state_dict()
+    fresh = build(**SCORERS, options=({"in_width": 32},)).state_dict()
     module = train(config)
     assert len(moved(fresh, module.state_dict())) > 6
     model = small_model()

@@ -91,10 +91,13 @@ def described(method: str) -> dict[str, Any]:
 
 
 def folders(pattern: str, root: Path) -> list[str]:
-    """The folders below root that hold a module, as in "models/tiny-llava-*"."""
+    """The folders below root that hold a module that makes tokens, as in "models/tiny-llava-*"."""
+    from ..learned import Resampler, get_module
+
     found = []
     for path in sorted(root.glob(f"{pattern}/config.json")):
-        if "module" in json.loads(path.read_text()):
+        name = json.loads(path.read_text()).get("module")
+        if name is not None and issubclass(get_module(name), Resampler):
             found.append(path.parent.relative_to(root).as_posix())
     return found
 

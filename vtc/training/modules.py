@@ -12,6 +12,7 @@ from ..hosts import open_host
 from ..learned import Resampler, build, from_pretrained, get_module
 from ..learned.base import Grid, LearnedModule
 from ..learned.in_tower import ReplacedAttention, replacements
+from ..learned.staged import Staged
 from .config import Config
 from .features import Features, behind
 from .objectives import check_kind
@@ -67,6 +68,9 @@ def _fresh(config: Config, found: Widths, model: nn.Module) -> LearnedModule:
     options = dict(config.module)
     cls = get_module(options.pop("name"))
     torch.manual_seed(config.seed)
+    if cls is Staged:
+        each = options.get("options", [{}])
+        options["options"] = [{"in_width": found.vision, **own} for own in each]
     if cls is not ReplacedAttention:
         fitting = _fitting(cls, found, model) if issubclass(cls, TRAINED) else {}
         return build(cls.name, **fitting | options)
