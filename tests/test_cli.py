@@ -8,7 +8,7 @@ from PIL import Image
 from small import write_task
 
 import vtc
-from vtc import cli
+from vtc import cli, commands_sweep, reference_model
 from vtc.evaluation.scenes import scene
 from vtc.hosts.trunk import FAMILIES
 
@@ -67,8 +67,8 @@ def test_profile_measures_twice(run):
 
 
 def test_demo_writes_a_report_and_goes_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "METHODS", ("vtc-cls", "random"))
-    monkeypatch.setattr(cli, "KEEPS", (0.11,))
+    monkeypatch.setattr(commands_sweep, "METHODS", ("vtc-cls", "random"))
+    monkeypatch.setattr(commands_sweep, "KEEPS", (0.11,))
     code, out, _ = run("demo", "--questions", "7", "--pictures", "1")
     assert code == 0 and out.splitlines()[-1] == "vtc-demo/index.html"
     lines = (tmp_path / "vtc-demo" / "results.jsonl").read_text().splitlines()
@@ -130,7 +130,7 @@ def test_debug_shows_where_an_error_comes_from(run):
 
 
 def test_a_missing_reference_model_is_an_error(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "REFERENCE", tmp_path)
+    monkeypatch.setattr(reference_model, "REFERENCE", tmp_path)
     code, _, err = run("ask", "scene.png", "what ?")
     assert code == 2 and "give --model" in err
 
@@ -152,6 +152,6 @@ def test_a_wrong_command_line_exits_with_2(run, arguments):
 
 
 def test_a_missing_plotting_library_is_said_before_the_work(run, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands_sweep, "find_spec", lambda name: None)
     code, _, error = run("demo")
     assert code == 2 and "vision-token-compression[eval]" in error

@@ -193,3 +193,9 @@ def test_one_made_in_a_model_of_peft_fits_the_plain_one(adapted):
         wanted = wrapped(**inputs).logits
     with vtc.compress(wrapped.unload(), module, keep=4):
         torch.testing.assert_close(model(**inputs).logits, wanted)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0])
+def test_an_adapter_that_could_add_nothing_is_refused(alpha):
+    with pytest.raises(ValueError, match="the alpha of an adapter is a positive number"):
+        Adapter.of(torch.nn.Sequential(torch.nn.Linear(4, 3)), rank=2, alpha=alpha)

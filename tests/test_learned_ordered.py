@@ -293,6 +293,16 @@ def test_losses_are_those_of_all_tokens_and_of_a_prefix():
     assert all(parameter.grad.abs().sum() > 0 for parameter in m.parameters())
 
 
+def test_a_step_of_training_draws_by_the_schedule():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        m = fresh(**options)
+        return {m.draw(GRID, generator) for _ in range(200)}
+
+    assert drawn(drop="full") == {9} and drawn(drop="pow2") == {1, 2, 4, 8, 9} and len(drawn()) == 9
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

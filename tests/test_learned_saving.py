@@ -54,6 +54,21 @@ def test_a_name_on_the_hub_is_a_method(folder, monkeypatch):
         assert [len(record.index) for record in handle.last] == [3] * 3
 
 
+def test_a_file_of_a_module_is_no_folder(folder):
+    with pytest.raises(ValueError, match=r"config.json is a file: give the folder of the module, .*module$"):
+        vtc.compress(small_model(), f"{folder}/config.json", keep=4)
+
+
+def test_another_layer_of_the_encoder_is_another_host(folder):
+    module = from_pretrained(folder).trained_on(small_model())
+    other = small_model()
+    other.config.vision_feature_layer = -1
+    with pytest.raises(ValueError, match=r"layer -2\), not on this llava \(vision 32, text 32, layer -1\)"):
+        vtc.compress(other, module, keep=4)
+    del module.host["widths"]["layer"]  # as of an earlier version
+    vtc.compress(other, module, keep=4)
+
+
 def test_what_is_no_module_is_told(tmp_path):
     model = small_model()
     with pytest.raises(ValueError, match=r"holds no module that save_pretrained\(\) wrote"):
@@ -117,7 +132,7 @@ def test_it_knows_the_host_it_was_trained_on(tmp_path):
     from tiny import build as tiny
 
     gemma = tiny("gemma3")[0]
-    with pytest.raises(ValueError, match=r"a llava \(vision 32, text 32\), not on this gemma3 \("):
+    with pytest.raises(ValueError, match=r"a llava \(vision 32, text 32, layer -2\), not on this gemma3 \("):
         vtc.compress(gemma, str(tmp_path), keep=4)
 
 
@@ -173,7 +188,7 @@ def test_an_encoder_by_itself_is_a_host_too():
 def test_the_hosts_numbers_are_few_and_readable(tmp_path):
     made("m3").trained_on(small_model()).save_pretrained(tmp_path)
     host = json.loads((tmp_path / "config.json").read_text())["host"]
-    assert host["kind"] == "llava" and host["widths"] == {"vision": 32, "text": 32}
+    assert host["kind"] == "llava" and host["widths"] == {"vision": 32, "text": 32, "layer": -2}
     assert 4 <= len(host["weights"]) <= 20 and all(len(own) <= 6 for own in host["weights"].values())
     assert from_pretrained(tmp_path).host == host
     assert from_pretrained(tmp_path).trained_on(None).host is None

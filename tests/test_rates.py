@@ -14,7 +14,8 @@ from vtc.encoder_cost import operations
 from vtc.hosts.trunk import open_trunk
 from vtc.methods.diffrate import DiffRate
 from vtc.schedule import counts
-from vtc.training.rates import _Learner, learn_rates
+from vtc.training.rate_learner import Learner
+from vtc.training.rates import learn_rates
 
 # CLS, average and attention pools, registers, rotary positions, distillation, LayerScale
 HOSTS = (
@@ -30,7 +31,7 @@ def pooled(spec, output):
 
 
 def opened(model, keep=0.5):
-    return _Learner(open_trunk(model), keep, "constant", 1)
+    return Learner(open_trunk(model), keep, "constant", 1)
 
 
 def put(learner, pruned, merged):

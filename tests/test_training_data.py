@@ -45,12 +45,18 @@ def test_conversations_of_llava(tmp_path):
         load(write_lines(tmp_path, {"image": "0.png", "conversations": turns[:3]}))
 
 
+def test_conversations_that_are_null_are_none(tmp_path):
+    scene("train", 0).image.save(tmp_path / "0.png")
+    row = {"image": "0.png", "question": "a", "answer": "b", "conversations": None}
+    assert load(write_lines(tmp_path, row))[0].questions == [("a", "b")]
+
+
 def test_a_file_that_is_one_list(tmp_path):
     scene("train", 0).image.save(tmp_path / "0.png")
     rows = [{"image": "0.png", "question": f"{mark}how many ?", "answer": 2} for mark in ("<image>\n", "")]
     (found,) = load(write_lines(tmp_path, json.dumps(rows, indent=1)))
     assert found.questions == [("how many ?", "2")] * 2
-    with pytest.raises(ValueError, match=r"task.jsonl:2 cannot be learned from .*KeyError: 'image'"):
+    with pytest.raises(ValueError, match=r"task.jsonl:2 cannot be learned from .*its image is None"):
         load(write_lines(tmp_path, json.dumps([rows[0], {"question": "a", "answer": "b"}])))
 
 
@@ -107,12 +113,19 @@ def test_scenes_ask_each_kind_once(tmp_path):
     "rows, told",
     [
         (["{"], r"task.jsonl:1 cannot be learned from .*set data.skip_broken"),
-        ([{"image": "0.png", "question": "a"}], "KeyError: 'answer'"),
+        (['"0.png"'], "it is no object with image, question and answer"),
+        ([{"image": "0.png", "question": "a"}], "it has no answer"),
+        ([{"image": None, "question": "a", "answer": "b"}], "its image is None"),
+        ([{"image": "0.png", "question": "a", "answer": "in <image>"}], "its answer holds <image>"),
+        ([{"image": "0.png", "question": "\ud800", "answer": "b"}], "its question has half a character"),
+        ([{"image": "0.png", "conversations": [{"role": "user"}]}], "no list of turns with 'from' and"),
+        ([{"image": "0.png", "conversations": [{"from": "human"}]}], "it has no value"),
+        (["{", '"image": "0.png"}'], r"task.jsonl:1 .*it is no JSON"),
         ([{"image": "0.png", "question": "a", "answer": " "}], "its answer is empty"),
         ([{"image": "0.png", "question": "a", "answer": None}], "its answer is None, which is no text"),
         ([{"image": "0.png", "question": ["a", "b"], "answer": "b"}], "which is no text"),
         ([{"image": "1.png", "question": "a", "answer": "b"}], "there is no image file"),
-        (["[{"], "is no list of JSON"),
+        (["[{"], "begins like a list of JSON and is none"),
         ([""], "holds no picture with a question"),
     ],
 )
@@ -148,8 +161,20 @@ def test_unknown_data(tmp_path):
         load("pictures")
     with pytest.raises(ValueError, match="no split 'dev'"):
         load("scenes", split="dev", cache=tmp_path)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"there is no file .*none.jsonl: give one of lines"):
         load(f"jsonl:{tmp_path / 'none.jsonl'}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "rows.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"broken cannot be read as a data set .*, or jsonl:PATH"):
+        load(f"datasets:{tmp_path / 'broken'}")
+
+
+def test_a_folder_with_lines(tmp_path):
+    path = write_questions(tmp_path / "one", pictures=2)
+    assert [p.questions for p in load(f"jsonl:{path.parent}")] == [p.questions for p in load(f"jsonl:{path}")]
+    path.with_name("more.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is a folder with 2 files of lines: give one"):
+        load(f"jsonl:{path.parent}")
 
 
 def test_every_question_is_visited_once(tmp_path):

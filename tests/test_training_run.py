@@ -354,13 +354,31 @@ def test_stages_that_were_trained_stay_what_they_were(make):
     told = report(make())
     more = {"steps": FEATURES["steps"] + 2}
     changed = [
-        (FEATURES,), (LENGTH, FEATURES), (FEATURES | more, LENGTH), (FEATURES, LENGTH | {"steps": 1}),
+        (FEATURES,), (LENGTH, LENGTH), (FEATURES | more, LENGTH), (FEATURES, LENGTH | {"steps": 1}),
         (FEATURES, LENGTH | {"learning_rate": 1e-9}),
     ]  # fmt: skip
     for stages in changed:
         with pytest.raises(ValueError, match=r"stage .* was trained already, by other settings"):
             train(make(*stages), resume=True)
         assert report(make()) == told
+
+
+def test_a_finished_training_is_not_said_to_be_another(make):
+    first = train(make(FEATURES))
+    told = report(make())
+    assert told["stages"]["1-features"]["precision"] == "no"
+    for more in ({"seed": 7}, {"precision": "bf16"}, {"data": {**make()["data"], "questions": 1}}):
+        with pytest.raises(ValueError, match=r"all stages in .* are trained, which another .* nothing of"):
+            train(make(FEATURES, **more), resume=True)
+        assert report(make()) == told
+    assert same(train(make(FEATURES), resume=True), first)
+    train(make(FEATURES, DISTILL, seed=7), resume=True)  # of what is still to be done
+    assert [stage["seed"] for stage in report(make())["stages"].values()] == [0, 7]
+
+
+def test_a_single_step_is_taken(make):
+    before = train(make({**FEATURES, "steps": 1, "learning_rate": 0.0, "weight_decay": 0}))
+    assert not same(train(make({**FEATURES, "steps": 1}, into="one")), before)
 
 
 def test_the_last_stage_is_gone_on_with_where_it_has_more_steps(make):

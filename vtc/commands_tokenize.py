@@ -40,16 +40,6 @@ def detokenize(options: argparse.Namespace) -> None:
     print(f"{len(written)} pictures in {options.output}")
 
 
-def tokenizers(options: argparse.Namespace) -> None:
-    """list the tokenizers"""
-    from .cli import _print_columns
-    from .tokenizers.listing import MEANING, rows
-
-    _print_columns(rows())
-    print()
-    _print_columns(list(MEANING.items()))
-
-
 def arguments_tokenize(command: argparse.ArgumentParser) -> None:
     help_text = command.format_help
     command.format_help = lambda: f"{help_text()}\n{_policies()}"

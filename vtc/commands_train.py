@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from .reference_model import quiet
+
 
 def train(options: argparse.Namespace) -> None:
     """train a module with weights in a host; goes on where it was stopped with --resume"""
-    from .cli import _quiet
     from .training import train as run
 
-    _quiet()
+    quiet()
     run(options.config, options.set, resume=options.resume)
-
-
-def modules(options: argparse.Namespace) -> None:
-    """list the modules with weights"""
-    from .cli import _print_columns
-    from .learned.listing import MEANING, rows
-
-    _print_columns(rows())
-    print()
-    _print_columns(list(MEANING.items()))
 
 
 def arguments_train(command: argparse.ArgumentParser) -> None:

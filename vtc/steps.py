@@ -71,6 +71,8 @@ def _step(
     }  # fmt: skip
     if isinstance(method, (str, Path)) and method not in list_methods() and is_saved(method):
         method = _load(method, opened)
+    elif isinstance(method, str) and Path(method).is_file():
+        raise ValueError(f"{method} is a file: give the folder of the module, {Path(method).parent}")
     if hasattr(method, "as_stage"):
         stage = None if stage == "attention" else stage
         return _own_stage(opened, method, {"keep": keep, "stage": stage, **settings, **options})

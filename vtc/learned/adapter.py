@@ -28,6 +28,8 @@ class Adapter(nn.Module):
         super().__init__()
         if type(rank) is not int or rank < 1:
             raise ValueError(f"the rank of an adapter is a whole number and at least 1, not {rank!r}")
+        if alpha is not None and not alpha > 0:
+            raise ValueError(f"the alpha of an adapter is a positive number, not {alpha!r}")
         self.layers = {name: tuple(widths) for name, widths in layers.items()}
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.down = nn.ParameterList(nn.Parameter(torch.empty(rank, i)) for i, _ in self.layers.values())

@@ -216,7 +216,8 @@ class Resampler(LearnedModule):
             return counts[-1]
         if (k := operator.index(k)) not in counts:
             raise ValueError(
-                f"of {rows} x {columns} tokens, {self.name} makes {told(counts)} tokens, not {k}"
+                f"of {rows} x {columns} tokens, {self.name} makes {told(counts)} tokens, not {k}: keep "
+                "such a number"
             )
         return k
 

@@ -100,7 +100,10 @@ def _named(cls: type[LearnedModule], saved: str, name: str | Path) -> type[Learn
     try:
         found = get_module(saved)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}; if it is your own, import the file that registers it") from None
+        raise ValueError(
+            f"{name}: {error}; if it is your own, import the file that registers it (the command line finds "
+            "those in vtc/learned/)"
+        ) from None
     if not issubclass(found, cls):
         raise ValueError(f"{name} is a module '{saved}', not '{getattr(cls, 'name', cls.__name__)}'")
     return found

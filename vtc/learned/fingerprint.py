@@ -32,14 +32,13 @@ def check_host(module: Any, opened: Vision | Trunk) -> None:
         return
     here, there = _of(opened), module.host
     differs = None
-    if (here["kind"], here["widths"]) != (there["kind"], there["widths"]):
+    widths = {name: here["widths"].get(name) for name in there["widths"]}
+    if (here["kind"], widths) != (there["kind"], there["widths"]):
         differs = f"not on this {_told(here)}"
     elif not _alike(_of_vision(opened), there["weights"]):
         differs = f"whose encoder or projector has other weights than this {here['kind']}"
     elif module.adapter is not None and not _alike(_of_decoder(opened), there["weights"]):
-        differs = (
-            "whose language model, which its adapter is for, has other weights than this one"
-        )
+        differs = "whose language model, which its adapter is for, has other weights than this one"
     if differs:
         raise ValueError(
             f"the module '{module.name}' was trained on a {_told(there)}, {differs}; call "
@@ -69,14 +68,17 @@ def _kind(opened: Vision | Trunk) -> str:
     return host.name if host is not None else type(opened.tower).__name__
 
 
-def _widths(opened: Vision | Trunk) -> dict[str, int]:
-    """How many numbers a token has: in the encoder, where that is told, and in the language model."""
+def _widths(opened: Vision | Trunk) -> dict[str, int | list[int]]:
+    """How many numbers a token has: in the encoder, where that is told, and in the language model; and which
+    layer of the encoder is read, where a host can choose."""
     tower, widths = (opened.encoder.tower, {}) if hasattr(opened, "encoder") else (opened.tower, {})
     width = getattr(getattr(tower, "config", None), "hidden_size", getattr(tower, "embed_dim", None))
     if isinstance(width, int):
         widths["vision"] = width
     if hasattr(opened, "base"):
         widths["text"] = opened.base.config.get_text_config().hidden_size
+        if (layer := getattr(opened.base.config, "vision_feature_layer", None)) is not None:
+            widths["layer"] = layer
     return widths
 
 

@@ -126,6 +126,10 @@ class OrderedResampler(Calibrated, Resampler):
     def counts(self, n: int) -> range:
         return range(1, min(self.config.tokens, n) + 1)
 
+    def draw(self, grid: Grid, generator: torch.Generator | None = None) -> int:
+        """As the schedule has it."""
+        return int(self.schedule.draw(self.counts_for(grid)[-1], 1, generator))
+
     def as_method(self, epsilon: float | None = None, confidence: float | None = None) -> Method:
         """What `vtc.compress()` makes of it. With either of them each image gets as many tokens as `halt`
         tells, `keep` at most. Raises ValueError as that does."""

@@ -8,11 +8,23 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from ..allocate import Allocation, get_allocation
 from ..method import Method, Select, scores
-from ..tokens import Tokens
+from ..tokens import Keep, Tokens
 from .rows import Row
 
 MakeTokens = Callable[[list[Row]], Tokens]
+
+
+def check_share_of_scores(keep: Keep, method: Method, allocate: Allocation) -> None:
+    """Raises ValueError where such a budget cannot be one."""
+    if not getattr(method, "scored", False):
+        raise ValueError(
+            f"keep={keep!r} is a share of scores, but '{method.name}' does not choose by scores "
+            "of tokens: give a share of tokens such as 0.25, or a number"
+        )
+    if allocate != get_allocation(method.allocate):
+        raise ValueError(f"keep={keep!r} itself says what each tile or frame keeps: leave allocate out")
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:

@@ -19,9 +19,11 @@ from ..threads import ByThread
 from ..tokens import Keep, Reduction, check_keep, count_kept
 from .alike import unsupported
 from .fields import items
-from .layers import LAYOUTS, LayerCut
+from .layer_calls import LAYOUTS
+from .layers import LayerCut
 from .places import Place
 from .reducer import check_reduction
+from .refusals import refuse_export
 from .rows import Row, assemble, lots_of
 from .scene import Scene, View, needed
 from .wraps import Wraps
@@ -98,18 +100,14 @@ class DecoderStage:
 
     def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
         """The mask that the caller of generate() gave, of which it may make a larger one."""
-        self.cut.note_mask(mask, inputs)
+        self.cut.calls.inputs.note_mask(mask, inputs)
 
     def features(self, name: str, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the model's own method returns, which is told how its features lie."""
         source = self.sources[name]
         if self._nested.get():  # videos of many families go through the method for images
             return source.original(base, *args, **kwargs)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError(
-                "a compressed model cannot be exported or traced, because its data decide how many tokens "
-                "each prompt keeps: remove() the compression before, or use torch.compile"
-            )
+        refuse_export()
         self._nested.set(True)
         try:
             output = source.original(base, *args, **kwargs)
@@ -121,7 +119,7 @@ class DecoderStage:
         given = {**given, **given.pop("kwargs", {})}
         layouts = source.layout(self.vision, given, items(output[self.vision.host.features]))
         setattr(output, LAYOUTS, layouts)
-        self.cut.encoded(source.kind, layouts)
+        self.cut.calls.encoded(source.kind, layouts)
         return output
 
     # -- what is called in front of the layer

@@ -10,23 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import KINDS, OF_CLS
 from ..hosts.trunk import STAGE, Trunk
 from ..method import Method
-from ..record import Record, Tile
+from ..record import Record
 from ..schedule import Budget, Schedule, check_budget, counts, show
-from ..taps import refusal
 from ..threads import ByThread
-from ..tokens import Reduction, Tokens
+from .block_reducer import BlockReducer
 from .consumers import consumers
-from .passage import Group, Passage, Seen, State
-from .ragged import Ragged, of_group
-from .reducer import check_reduction
+from .encoder_fit import check_blocks, check_encoder
+from .passage import Group, Passage, Seen
 from .rows import lots_of
 from .site import Site
 
-RESTORE = (None, "unmerge")
-CARRY = (None, "gap")
 _RECENT = 16  # forwards whose backward may still come
 
 
@@ -54,7 +49,7 @@ class EncoderStage:
         shown: frozenset[int] = frozenset(),
         depth: int | None = None,
     ):
-        _check(trunk, method, restore, carry)
+        check_encoder(trunk, method, restore, carry)
         self.trunk, self.method, self.schedule = trunk, method, schedule
         self.restore, self.carry, self.shown = restore, carry, shown
         self.depth = depth or len(trunk.blocks)
@@ -64,7 +59,7 @@ class EncoderStage:
         self.sites = [Site(self, number, block) for number, block in enumerate(trunk.blocks)]
         self._consumers = consumers(self)
         self._entry: Any = None
-        self._checked: set[tuple[int, int, int]] = set()  # block, tokens before and after
+        self.reducer = BlockReducer(method, trunk.prefix, self.depth)
         self.finished: Passage | None = None
         self._clear()
 
@@ -76,22 +71,8 @@ class EncoderStage:
         keep = None if keep is None else check_budget(keep)
         # refuses blocks that do not exist
         left = counts(0.5 if keep is None else keep, self.schedule, 10_000, self.depth)
-        self._check_blocks(left)
-        if self.method.whole_grid and len({10_000, *left}) > 2:
-            raise ValueError(
-                f"'{self.method.name}' works on the whole grid, so it reduces tokens in one block only: give "
-                "schedule='once', or one block such as schedule=(3,)"
-            )
+        check_blocks(self.method, left, self.depth)
         return keep
-
-    def _check_blocks(self, left: tuple[int, ...]) -> None:
-        own = self.method.blocks if self.learned else None
-        found = [block for block in range(self.depth) if left[block] < (left[block - 1] if block else 10_000)]
-        if own is not None and (others := sorted(set(found) - set(own))):
-            raise ValueError(
-                f"'{self.method.name}' was made for blocks {', '.join(map(str, own))}, not for {others}: "
-                "leave schedule out, and name its blocks where keep is a budget by block"
-            )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -190,66 +171,6 @@ class EncoderStage:
     def note(self, passage: Passage, block: int, x: Tensor, where: str) -> None:
         passage.seen[block, where] = Seen.of(x) if passage.training else None
 
-    def reduce(
-        self, block: int, passage: Passage, x: Tensor, size: Tensor, extras: dict[str, Tensor]
-    ) -> Reduction:
-        """What leaves a block of the patch tokens x (B, n, D)."""
-        if not len(x):  # no pictures, of which methods know nothing
-            none = torch.arange(passage.width(block), device=x.device).expand(0, -1)
-            return Reduction.select(none, x.shape[1])
-        state = passage.state(block)
-        tokens = Tokens(
-            x if self.learned else x.detach(),
-            grid=passage.groups[0].grid,
-            place=None if state is None else state.index,
-            size=size,
-            lot=passage.lot,
-            prefix=self.trunk.prefix,
-            layer=block,
-            depth=self.depth,
-            extras=extras,
-        )
-        if passage.padding(block) is None:
-            return self._ask(tokens, passage.width(block))
-        reductions = []
-        for group in passage.groups:
-            part = of_group(tokens, group, block)
-            k = group.left[block]
-            whole = torch.arange(k, device=x.device).expand(len(part.x), -1)
-            reductions.append(self._ask(part, k) if k < part.n else Reduction.select(whole, k))
-        return Ragged.of(passage.groups, reductions, x.shape[1])
-
-    def _ask(self, tokens: Tokens, k: int) -> Reduction:
-        if self.learned:
-            reduction = self.method.reduce(tokens, k)
-        else:
-            # Scores are what they are, whatever precision the model's own products have.
-            with torch.no_grad(), torch.autocast(tokens.x.device.type, enabled=False):
-                reduction = self.method.reduce(tokens, k)
-        counted = (tokens.layer, tokens.n, k)
-        # What is in it is looked at once, since a GPU would have to wait.
-        check_reduction(self.method.name, reduction, tokens, k, contents=counted not in self._checked)
-        self._checked.add(counted)
-        return reduction
-
-    def carrying(self, passage: Passage, block: int, x: Tensor) -> Tensor:
-        """Carries averages over reductions: behind blocks that reduce, and behind the last but one, all that
-        were taken since stand behind the patches; the last block lets go of them. (B, M, D) -> (B, M', D)."""
-        if self.carry is None or not passage.reduces_any:
-            return x
-        takes = [b for b in range(len(self.sites)) if passage.reduces(b) or b == len(self.sites) - 2]
-        if block == len(self.sites) - 1:
-            stop, passage.suffix = x.shape[1] - passage.suffix, 0
-            return x[:, :stop]
-        mean = x[:, self.trunk.prefix : x.shape[1] - passage.suffix].mean(dim=1, keepdim=True)  # (B, 1, D)
-        if block in takes and passage.carried:
-            x = torch.cat([x, *passage.carried], dim=1)
-            passage.suffix += len(passage.carried)
-            passage.carried.clear()
-        if block < takes[-1]:
-            passage.carried.append(mean)
-        return x
-
     def shows(self, passage: Passage, block: int) -> bool:
         return passage.full or block in self.shown
 
@@ -345,65 +266,4 @@ class EncoderStage:
     def last(self) -> list[Record]:
         """One record per picture of the last forward."""
         passage = self.finished
-        return [] if passage is None else [_record(passage, row) for row in range(len(passage.lot))]
-
-
-def _record(passage: Passage, row: int) -> Record:
-    group = next(g for g in passage.groups if g.rows is None or bool((g.rows == row).any()))
-    every = torch.arange(group.n, device=passage.lot.device)
-    states = dict(sorted(passage.states.items()))
-    blocks = {block: _of_row(state, row, group, block) for block, state in states.items()}
-    index, source = list(blocks.values())[-1] if blocks else (every, every)
-    entering = {"encoder": group.n, "out": len(index)}
-    order = every
-    if states:
-        order = passage.state(len(group.left)).index[row, : group.left[-1]].argsort().argsort()
-    return Record(
-        index, source, group.grid, [Tile(every, group.grid)], entering, blocks, order, len(group.left)
-    )
-
-
-def _of_row(state: State, row: int, group: Group, block: int) -> tuple[Tensor, Tensor]:
-    index, source = state.index[row : row + 1, : group.left[block]], state.source[row : row + 1, : group.n]
-    whole = Reduction(index, source).ascending()
-    return whole.index[0], whole.source[0]
-
-
-def _check(trunk: Trunk, method: Method, restore: str | None, carry: str | None) -> None:
-    if restore not in RESTORE:
-        raise ValueError(f"restore must be 'unmerge' or None, not {restore!r}")
-    if carry not in CARRY:
-        raise ValueError(f"carry must be 'gap' or None, not {carry!r}")
-    if carry and restore:
-        raise ValueError("carry='gap' adds tokens that are no patches, so it goes without restore='unmerge'")
-    if trunk.pools_itself and restore is None:
-        raise ValueError(
-            f"{type(trunk.tower).__name__} has its own forward_features(), which may pool tokens: give "
-            "restore='unmerge', and it finds all patches"
-        )
-    if method.module is not None:
-        _check_width(trunk, method)
-    if carry and trunk.family.rope:
-        raise ValueError(f"carry='gap' adds tokens that have no place, but {trunk.name} turns keys by places")
-    kinds = {need.name for need in method.needs}
-    if unknown := kinds - set(KINDS):
-        raise ValueError(f"'{method.name}' needs {sorted(unknown)}, and there are {', '.join(KINDS)}")
-    if "shift" in kinds and not method.after_block:
-        raise ValueError(f"method '{method.name}' needs 'shift', known only behind a block: set after_block")
-    if kinds & set(OF_CLS) and not trunk.has_cls:
-        raise ValueError(
-            f"method '{method.name}' needs a CLS token, which {trunk.name} has not: use a method that reads "
-            "keys or features, such as 'tome'"
-        )
-    if (kinds or method.proportional) and (reason := refusal(trunk.blocks[0].attention)):
-        raise ValueError(f"method '{method.name}' cannot run in {trunk.name}: it needs {reason}")
-
-
-def _check_width(trunk: Trunk, method: Method) -> None:
-    read, made = method.module.in_width, method.module.out_width
-    width = trunk.blocks[0].norm1.weight.numel()
-    if (read, made) != (width, width):
-        raise ValueError(
-            f"'{method.name}' makes tokens of {made} numbers of {read}, and those in {trunk.name} have "
-            f"{width}: make it with that width"
-        )
+        return [] if passage is None else [passage.record(row) for row in range(len(passage.lot))]

@@ -6,31 +6,34 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..allocate import Allocation, Part, Proportional, get_allocation
-from ..capture import Capture, Recording, inside, missing
+from ..allocate import Allocation, Part, get_allocation
+from ..capture import Capture
 from ..hosts import Vision
-from ..hosts.host import Layout, LayoutFunction
+from ..hosts.host import Layout
 from ..method import Method, Need
 from ..record import Record
 from ..restoring import Nearest
 from ..threads import ByThread
 from ..tokens import Keep, check_keep, fraction_of_scores
 from .adapted import Adapted
+from .budgets import check_share_of_scores
 from .evidence import Evidence, around
+from .feature_sources import Source, sources_of
 from .fields import items, join, put
 from .fit import check_fit
 from .late import LateProjector
-from .levels import Found, Levels
+from .levels import Levels
 from .projection import Projection
 from .prompt import Prompt
 from .readers import Reader
+from .recorded import Recorded
 from .reducer import Reducer
+from .refusals import refuse_export
 from .resolution import LowResolution
 from .rows import Extras, Row, assemble, rows_of, whole, whole_rows
 from .shorten import Shortening
@@ -60,7 +63,7 @@ class FeaturesStage:
         self.spent = 0.0  # seconds that capturing, scoring and reducing took in the last forward
         self._records: dict[str, list[Record]] = {}  # by source, of the last forward
         self._nested: ByThread[bool] = ByThread()  # True inside one of the wrapped methods
-        self.sources = _sources(vision, method, allocate)
+        self.sources = sources_of(vision, method, allocate)
         self.wraps = Wraps(vision, "_vtc_features")
         self.prompt = Prompt(vision) if around(method.needs, "text") else None
         front = method.before_projector or around(method.needs, "vision")
@@ -90,15 +93,7 @@ class FeaturesStage:
         if self.source:
             self.source.check(keep)
         if fraction_of_scores(check_keep(keep)) is not None:
-            if not getattr(self.method, "scored", False):
-                raise ValueError(
-                    f"keep={keep!r} is a share of scores, but '{self.method.name}' does not choose by scores "
-                    "of tokens: give a share of tokens such as 0.25, or a number"
-                )
-            if self.allocate != get_allocation(self.method.allocate):
-                raise ValueError(
-                    f"keep={keep!r} itself says what each tile or frame keeps: leave allocate out"
-                )
+            check_share_of_scores(keep, self.method, self.allocate)
         return check_keep(keep)
 
     @property
@@ -125,7 +120,7 @@ class FeaturesStage:
 
     def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
         """Lets the shortening see the caller's mask where generate() makes a larger one of it."""
-        self.shortening.note_mask(mask, inputs)
+        self.shortening.calls.inputs.note_mask(mask, inputs)
 
     def _captures(self) -> list[Capture]:
         return list({id(source.capture): source.capture for source in self.sources.values()}.values())
@@ -155,7 +150,7 @@ class FeaturesStage:
         return output
 
     @contextmanager
-    def _recording(self, source: _Source) -> Iterator[Recorded | None]:
+    def _recording(self, source: Source) -> Iterator[Recorded | None]:
         """What the encoder and the projector do meanwhile. None where nothing has to be scored: the whole
         number 1 is one token."""
         if isinstance(self.keep, float) and self.keep == 1:
@@ -169,11 +164,7 @@ class FeaturesStage:
 
     def _refuse_changes(self, base: nn.Module) -> None:
         """Raises RuntimeError for what was done to the model since install() and leaves hooks behind."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError(
-                "a compressed model cannot be exported or traced, because its data decide how many tokens "
-                "each prompt keeps: remove() the compression before, or use torch.compile"
-            )
+        refuse_export()
         hooked = self.vision.projector if self.late or self.resolution or self.projection else None
         if hooked is not None and base.get_submodule(self.vision.host.projector) is not hooked:
             raise RuntimeError(
@@ -199,11 +190,11 @@ class FeaturesStage:
         dropped = any(new is not old for new, old in zip(reduced, features))
         if dropped:
             put(output, host.features, host.deep, torch.cat(self.shortening.marked(reduced, records)))
-        self.shortening.seen(output, dropped)
-        if self.shortening.begins():
+        self.shortening.calls.seen(output, dropped)
+        if self.shortening.calls.begins():
             self._records.clear()
             self.spent = 0.0
-        before = self._records.get(name, []) if self.shortening.inside() else []
+        before = self._records.get(name, []) if self.shortening.calls.inside() else []
         self._records[name] = [*before, *records]  # videos of some families come by the method for images
 
     def _reduce(
@@ -269,57 +260,3 @@ class FeaturesStage:
         module = self.method.module
         most = None if module is None else lambda grid: module.counts_for(grid)[-1]
         return rows_of(layouts, self.keep, self.allocate, parts, extras, most)
-
-
-@dataclass
-class Recorded:
-    """What was seen of one call.
-
-    attention  of the encoder
-    projected  what the projector was given
-    levels     what left some blocks of the encoder
-    single     for each image whether its tokens can be reduced in front of it
-    texts      for each image the prompt around it (T, D), and which of it is behind the image (T,)
-    """
-
-    attention: Recording
-    projected: list[tuple[Tensor, int]]
-    levels: Found = field(default_factory=dict)
-    single: list[bool] = field(default_factory=list)
-    texts: list[tuple[Tensor, Tensor]] | None = None
-
-
-@dataclass
-class _Source:
-    """One of the model's methods that make features."""
-
-    layout: LayoutFunction
-    capture: Capture
-    original: Any = None
-
-
-def _sources(vision: Vision, method: Method, allocate: Allocation) -> dict[str, _Source]:
-    """Raises ValueError where an encoder cannot serve what the method or the allocation needs."""
-    sources = {}
-    shares = bool(vision.host.tiled or vision.host.video)
-    if not shares and allocate not in (Proportional(), get_allocation(method.allocate)):
-        raise ValueError(
-            f"allocate='{allocate.name}' shares a budget over tiles or frames, but to {vision.host.name} "
-            "each of them is an image of its own: leave it out"
-        )
-    encoders = (vision.encoder, vision.video_encoder) if shares else ()
-    for encoder in encoders:
-        if any(missing(encoder, need) for need in inside(method.needs)):
-            break  # that is told below
-        for need in inside(allocate.needs):
-            if reason := missing(encoder, need):
-                raise ValueError(f"allocate='{allocate.name}' needs {reason}: use allocate='proportional'")
-    needs, signal = (*method.needs, *(allocate.needs if shares else ())), hasattr(method, "signal")
-    if vision.host.layout:
-        capture = Capture(vision.encoder, needs, method.name, signal)
-        sources["get_image_features"] = _Source(vision.host.layout, capture)
-    if vision.host.video:
-        same = sources and vision.video_encoder is vision.encoder
-        capture = capture if same else Capture(vision.video_encoder, needs, method.name, signal)
-        sources["get_video_features"] = _Source(vision.host.video, capture)
-    return sources

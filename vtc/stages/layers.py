@@ -9,71 +9,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hosts import Vision
-from ..hosts.host import Layout
 from ..taps import Call, Tap
-from ..threads import ByThread
 from ..tokens import gather
 from .alike import unknown_attention
 from .cache import kept_at_the_end, remember, remembered, state_of
-from .places import Place, find_places
-from .plan import PER_TOKEN, Plan, mask2d, routed, take, valid_tokens
+from .layer_calls import LayerCall, LayerCalls
+from .places import find_places
+from .plan import GATHERED, Plan, gathered, routed, valid_tokens
+from .refusals import refuse_foreign_mask, refuse_packed, refuse_unknown_padding
 from .scene import Scene
 from .uneven import Uneven, attach, deeper_mask, mark_fitted, shrink_deeper, uneven
-
-_GATHERED = {"position_ids", "position_embeddings"} | PER_TOKEN
-
 
 # Gives hidden states, of which merged ones are new, and which tokens are dropped: (B, L, D), (B, L).
 Choose = Callable[[Scene], tuple[Tensor, Tensor]]
 
 
-@dataclass
-class _Call:
-    """One call of the base model, between its hooks."""
-
-    ids: Tensor | None
-    vision: bool
-    mask: Tensor | None  # (B, any) over the conversation
-    foreign_mask: bool  # the model was given a mask of another form
-    known_mask: bool  # and `mask` is what it was made of
-    layouts: dict[str, list[Layout]] = field(default_factory=dict)  # of "image" and "video"
-    entered: bool = False  # the decoder was
-    past: int = 0  # positions in the first layers of the cache before
-    length: int = 0  # of the prompt, L
-    real: Tensor | None = None  # (B, L) False for padding
-    places: list[Place] = field(default_factory=list)  # where the images are, if there are any
-    keys: Tensor | None = None  # (B, L, heads, d) of the layer before the cut
-    plan: Plan | None = None
-    state: Uneven | None = None  # what the cache will remember
-    mask4d: Any = None  # of the deeper layers
-    uneven: bool = False  # deeper layers need what is theirs
-
-    @property
-    def before(self) -> Tensor | None:
-        """The mask of what is in the cache."""
-        return None if self.mask is None else self.mask[:, : self.mask.shape[1] - self.length]
-
-
 class LayerCut:
-    """The hooks on the base model, its decoder and the layers from number `layer` on."""
+    """The hooks on the decoder and its layers from number `layer` on; those on the base model are `calls`."""
 
     def __init__(self, vision: Vision, layer: int, choose: Choose, wants_keys: bool):
-        self.vision, self.base, self.decoder, self.layer = vision, vision.base, vision.decoder, layer
+        self.vision, self.decoder, self.layer = vision, vision.decoder, layer
         self.choose = choose
-        self._parameters = list(inspect.signature(type(vision.base).forward).parameters)[1:]
-        self._inputs = [n for n in self._parameters if n.startswith(("pixel_values", "image_patches"))]
+        self.calls = LayerCalls(vision.base)
         self._names = list(inspect.signature(type(self._layers[0]).forward).parameters)[1:]
         attention = self._layers[layer - 1].self_attn
         self._tap = Tap(attention, self._wanted, self._see) if wants_keys else None
-        self._calls: ByThread[_Call] = ByThread()
-        self._noted: ByThread[tuple[Tensor | None]] = ByThread()
         self._hooks: list[Any] = []
 
     @property
@@ -82,12 +49,11 @@ class LayerCut:
 
     def install(self) -> None:
         hook = self._enter_layer
+        self.calls.install()
         self._hooks = [
-            self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             *(x.register_forward_pre_hook(hook, with_kwargs=True) for x in self._layers[self.layer :]),
             self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
-            self.base.register_forward_hook(self._leave_base, always_call=True),
         ]
         if self._tap:
             self._tap.install()
@@ -96,59 +62,18 @@ class LayerCut:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._calls.clear()
-        self._noted.clear()
+        self.calls.remove()
         if self._tap:
             self._tap.remove()
-
-    def note_mask(self, mask: Tensor | None, inputs: dict[str, Any]) -> None:
-        """generate() makes masks of four dimensions of the caller's mask (B, any) for static caches, in which
-        padding of the past can no longer be read: this is what it makes the next step's of."""
-        x = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        if x is not None and x.shape[1] > 1:  # a token that is generated is no padding
-            self._noted.set((mask2d(mask),))
-
-    def encoded(self, kind: str, layouts: list[Layout]) -> None:
-        """The model made features of images or videos in its forward."""
-        if call := self._calls.get():
-            call.layouts[kind] = [*call.layouts.get(kind, ()), *layouts]
-
-    # -- the base model: what came in
-
-    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(
-                "torch.nn.DataParallel runs copies whose image features the first of them would make: train "
-                "with DistributedDataParallel (torchrun or accelerate launch), or show one GPU only"
-            )
-        given = {**dict(zip(self._parameters, args)), **kwargs}
-        ready = {
-            kind: out for kind, out in (given.get("mm_encoder_outputs") or {}).items() if out is not None
-        }
-        mask, noted = given.get("attention_mask"), self._noted.pop()
-        foreign = mask is not None and mask2d(mask) is None
-        self._calls.set(
-            _Call(
-                ids=given.get("input_ids"),
-                vision=bool(ready) or any(given.get(name) is not None for name in self._inputs),
-                mask=noted[0] if foreign and noted else mask2d(mask),
-                foreign_mask=foreign,
-                known_mask=not foreign or noted is not None,
-                layouts={kind: getattr(out, LAYOUTS, None) for kind, out in ready.items()},
-            )
-        )
-
-    def _leave_base(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._calls.pop()
 
     # -- the decoder
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        call, x, cache = self._calls.get(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        call, x, cache = self.calls.get(), kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if call is None or x is None:
             return
         if call.entered:  # an exception ended that call, and the decoder is run by itself
-            self._calls.pop()
+            self.calls.drop()
             return
         self._check(call, cache)
         call.entered, call.uneven, call.length = True, uneven(cache) is not None, x.shape[1]
@@ -168,7 +93,7 @@ class LayerCut:
         if self._tap:
             self._tap.follow()
 
-    def _check(self, call: _Call, cache: Any) -> None:
+    def _check(self, call: LayerCall, cache: Any) -> None:
         """Raises for what would go wrong without a word."""
         if call.vision and (not call.layouts or None in call.layouts.values()):
             raise RuntimeError(
@@ -176,13 +101,9 @@ class LayerCut:
                 "now, or in pieces; leave out prefill_chunk_size, and pass pixel_values, or features encoded "
                 "after compress()"
             )
-        own = call.foreign_mask and not getattr(cache, "is_compileable", False)
-        if own and (call.vision or uneven(cache) is not None):
-            raise ValueError(
-                "an attention mask of more than two dimensions cannot be shortened: give one of two "
-                "dimensions, 1 for tokens and 0 for padding, or remove() the compression"
-            )
         state = uneven(cache)
+        if call.vision or state is not None:
+            refuse_foreign_mask(call.foreign_mask, cache)
         if (state is not None and state.layer != self.layer) or state_of(cache) is not None:
             raise ValueError(
                 "this cache was shortened by another compression: go on from it with a model that is "
@@ -196,7 +117,7 @@ class LayerCut:
     # -- the layers
 
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        call = self._calls.get()
+        call = self.calls.get()
         if call is None or not (call.places or call.uneven):
             return None
         hidden, given = self._arguments(args, kwargs)
@@ -208,8 +129,8 @@ class LayerCut:
             return None
         given = {**given, "attention_mask": call.mask4d}
         if call.plan is not None:
-            for name in _GATHERED & given.keys():
-                given[name] = _gathered(given[name], call.plan.index, name)
+            for name in GATHERED & given.keys():
+                given[name] = gathered(given[name], call.plan.index, name)
         return (hidden,), given
 
     def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
@@ -217,7 +138,7 @@ class LayerCut:
         return given.pop(self._names[0]), given
 
     @torch.compiler.disable
-    def _cut(self, call: _Call, hidden: Tensor, given: dict) -> Tensor:
+    def _cut(self, call: LayerCall, hidden: Tensor, given: dict) -> Tensor:
         """Takes out what the method drops: (B, L, D) -> (B, K, D). Makes the masks of the deeper layers."""
         cache, real = given.get("past_key_values"), call.real
         hidden, dropped = self.choose(Scene(hidden, call.keys, real, call.places))
@@ -242,7 +163,7 @@ class LayerCut:
         )
         return hidden
 
-    def _go_on(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+    def _go_on(self, call: LayerCall, hidden: Tensor, cache: Any) -> None:
         """Nothing is cut, but the deeper layers of the cache are shorter already."""
         batch, length, _ = hidden.shape
         new = hidden.new_ones(batch, length, dtype=torch.bool)
@@ -269,20 +190,13 @@ class LayerCut:
             layer_idx=self.layer,
         )
 
-    def _refuse(self, call: _Call, given: dict, past: int) -> None:
-        if past and not call.known_mask:
-            raise ValueError(
-                "which tokens of this static cache are padding is not known, because generate() of a wrapper "
-                "was called: use the model's own, or a dynamic cache"
-            )
+    def _refuse(self, call: LayerCall, given: dict, past: int) -> None:
+        refuse_unknown_padding(past, call.known_mask)
         positions = given.get("position_ids")
-        packed = call.mask is None and given.get("past_key_values") is None and positions is not None
-        if packed and positions.dim() == 2 and bool((positions.diff() < 0).any()):
-            raise ValueError(
-                "several prompts packed into one row cannot be compressed: give each its own row, padded"
-            )
+        if call.mask is None and given.get("past_key_values") is None and positions is not None:
+            refuse_packed(positions)
         for name, value in given.items():
-            unknown = name not in _GATHERED | {"attention_mask"} and isinstance(value, Tensor)
+            unknown = name not in GATHERED | {"attention_mask"} and isinstance(value, Tensor)
             if unknown and call.real.shape[1] in value.shape:
                 raise ValueError(
                     f"the decoder layers of {self.vision.host.name} are given '{name}' of shape "
@@ -291,18 +205,18 @@ class LayerCut:
                 )
 
     def _wanted(self) -> bool:
-        call = self._calls.get()
+        call = self.calls.get()
         return call is not None and bool(call.places)
 
     def _see(self, call: Call) -> None:
         """Keys of the new tokens, in the layer in front of the cut."""
-        own = self._calls.get()
+        own = self.calls.get()
         length = own.real.shape[1]
         keys = call.key[:, :, own.past : own.past + length]  # a static cache has room behind them
         own.keys = keys.detach().transpose(1, 2)  # (B, L, heads, d)
 
     def _leave_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call, cache = self._calls.get(), kwargs.get("past_key_values")
+        call, cache = self.calls.get(), kwargs.get("past_key_values")
         mark_fitted(cache, False)
         if call is None or not call.entered:
             return None
@@ -326,23 +240,3 @@ class LayerCut:
             short = len(source) * call.plan.k
             output.router_logits = tuple(routed(r, source) if len(r) == short else r for r in routes)
         return output
-
-
-LAYOUTS = "_vtc_layouts"  # on what get_image_features returned: how its features lie
-
-
-def _gathered(value: Any, index: Tensor, name: str) -> Any:
-    """What there is one of for each token of the prompt, for those at index (B, K)."""
-    if value is None:
-        return None
-    if isinstance(value, (tuple, list)):
-        return type(value)(_gathered(part, index, name) for part in value)
-    index = index.to(value.device)
-    if name == "position_ids":
-        return take(value, index)  # (..., B or 1, L)
-    if name == "position_embeddings":  # (..., B or 1, L, d)
-        value = value.expand(*value.shape[:-3], len(index), *value.shape[-2:])
-        wide = index[..., None].expand(*value.shape[:-3], *index.shape, value.shape[-1])
-        return value.gather(-2, wide)
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return value.expand(len(index), *value.shape[1:])[rows, index]

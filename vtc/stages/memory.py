@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..hosts.memory import count_tiles
 from ..threads import ByThread
 from ..tokens import gather
-from .features import FeaturesStage, Recorded
+from .features import FeaturesStage
 from .fields import items
 from .plan import Plan
+from .recorded import Recorded
 
 _KEPT = "_vtc_memory"  # on a cache: the plan its memory was shortened by
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..record import Record, Tile
 from ..tokens import Reduction, gather
 
 
@@ -173,3 +174,43 @@ class Passage:
                 "switch it off, or leave out restore='unmerge'"
             )
         return self.short
+
+    def carry(self, block: int, x: Tensor, prefix: int) -> Tensor:
+        """Carries averages over reductions: behind blocks that reduce, and behind the last but one, all that
+        were taken since stand behind the patches; the last block lets go of them. (B, M, D) -> (B, M', D)."""
+        if not self.reduces_any:
+            return x
+        blocks = len(self.groups[0].left)
+        takes = [b for b in range(blocks) if self.reduces(b) or b == blocks - 2]
+        if block == blocks - 1:
+            stop, self.suffix = x.shape[1] - self.suffix, 0
+            return x[:, :stop]
+        mean = x[:, prefix : x.shape[1] - self.suffix].mean(dim=1, keepdim=True)  # (B, 1, D)
+        if block in takes and self.carried:
+            x = torch.cat([x, *self.carried], dim=1)
+            self.suffix += len(self.carried)
+            self.carried.clear()
+        if block < takes[-1]:
+            self.carried.append(mean)
+        return x
+
+    def record(self, row: int) -> Record:
+        """What became of one picture."""
+        group = next(g for g in self.groups if g.rows is None or bool((g.rows == row).any()))
+        every = torch.arange(group.n, device=self.lot.device)
+        states = dict(sorted(self.states.items()))
+        blocks = {block: _of_row(state, row, group, block) for block, state in states.items()}
+        index, source = list(blocks.values())[-1] if blocks else (every, every)
+        entering = {"encoder": group.n, "out": len(index)}
+        order = every
+        if states:
+            order = self.state(len(group.left)).index[row, : group.left[-1]].argsort().argsort()
+        return Record(
+            index, source, group.grid, [Tile(every, group.grid)], entering, blocks, order, len(group.left)
+        )
+
+
+def _of_row(state: State, row: int, group: Group, block: int) -> tuple[Tensor, Tensor]:
+    index, source = state.index[row : row + 1, : group.left[block]], state.source[row : row + 1, : group.n]
+    whole = Reduction(index, source).ascending()
+    return whole.index[0], whole.source[0]

@@ -13,6 +13,7 @@ from ..tokens import gather
 
 # What some families give their decoder besides, one entry for each token of the prompt: (B, L, ...).
 PER_TOKEN = {"per_layer_inputs", "ple_input_ids", "moe_mm_token_type_ids", "mm_token_type_ids"}
+GATHERED = {"position_ids", "position_embeddings"} | PER_TOKEN  # what each of their layers is given so
 VISUAL = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
 
 
@@ -111,6 +112,23 @@ def shorten_others(kwargs: dict, plan: Plan, keep: Tensor) -> dict:
         layers = [layer[stay.to(layer.device)] for layer in layers]
         short[name] = dict(zip(features, layers)) if isinstance(features, dict) else layers
     return short
+
+
+def gathered(value: Any, index: Tensor, name: str) -> Any:
+    """What there is one of for each token of the prompt, for those at index (B, K)."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        return type(value)(gathered(part, index, name) for part in value)
+    index = index.to(value.device)
+    if name == "position_ids":
+        return take(value, index)  # (..., B or 1, L)
+    if name == "position_embeddings":  # (..., B or 1, L, d)
+        value = value.expand(*value.shape[:-3], len(index), *value.shape[-2:])
+        wide = index[..., None].expand(*value.shape[:-3], *index.shape, value.shape[-1])
+        return value.gather(-2, wide)
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return value.expand(len(index), *value.shape[1:])[rows, index]
 
 
 def mask2d(mask: Any) -> Tensor | None:

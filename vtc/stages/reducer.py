@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..tokens import COMBINE, Reduction, Tokens, fraction_of_scores
 from .budgets import count_own, groups, spend
+from .recorded import Recorded
 from .rows import Row
 
 if TYPE_CHECKING:
-    from .features import FeaturesStage, Recorded
+    from .features import FeaturesStage
 
 
 class Reducer:

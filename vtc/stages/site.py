@@ -164,7 +164,8 @@ class Site:
         new = x
         if self._reduces(passage):
             new = self._after(visit, x)
-        new = self.stage.carrying(passage, self.number, new)
+        if self.stage.carry:
+            new = passage.carry(self.number, new, self.prefix)
         if self.stage.shows(passage, self.number) and passage.state(self.number + 1) is not None:
             new = self._show(visit, x, new)
         self.stage.left(passage, self.number)
@@ -261,7 +262,7 @@ class Site:
             return known.reduction, size
         # What is learned is made once more where a backward runs the block again: it is a part of the graph.
         start = time.perf_counter()
-        reduction = self.stage.reduce(self.number, passage, x, size, visit.extras)
+        reduction = self.stage.reducer.reduce(self.number, passage, x, size, visit.extras)
         if known is None:
             state = passage.take(self.number, reduction, size)
             state.reduction = _bare(reduction) if self.stage.learned else reduction

@@ -187,6 +187,8 @@ class Asked(Looked):
 
     def _answer(self, answer: str) -> Tensor:
         ids = self.processor.tokenizer(answer, add_special_tokens=False).input_ids
+        if self.image_token in ids:
+            raise ValueError(f"the answer {answer!r} holds the place of a picture: mend the data")
         return torch.tensor([*ids, self.end])
 
     def _row(self, prompt: Row, answer: Tensor) -> Row:

@@ -20,6 +20,7 @@ SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed", "bf16", "fp16",
     "use_cpu", "remove_unused_columns", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "label_names", "eval_strategy", "load_best_model_at_end", "save_only_model", "auto_find_batch_size",
+    "gradient_checkpointing", "logging_first_step", "logging_strategy", "torch_compile",
 )  # fmt: skip
 
 

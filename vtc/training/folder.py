@@ -10,6 +10,7 @@ from ..weights import CONFIG
 from .config import Config
 
 REPORT = "train.json"
+OF_STAGES = ("seed", "precision", "train", "split", "n", "questions")  # what each is trained by
 
 
 class Folder:
@@ -55,7 +56,19 @@ class Folder:
                 f"{self.path} holds a training with another {' and '.join(changed)}: choose another output"
             )
         self._check_done(report, shown)
+        self._check_left(report, shown)
         return report | {"config": shown}
+
+    def _check_left(self, report: dict[str, Any], shown: dict[str, Any]) -> None:
+        """Raises ValueError where nothing is left to be trained by what was changed."""
+        if any(not report["stages"].get(name, {}).get("done") for name in self.names):
+            return
+        old, new = ({**one, **one["data"]} for one in (report["config"], shown))
+        if changed := [name for name in OF_STAGES if old.get(name) != new[name]]:
+            raise ValueError(
+                f"all stages in {self.path} are trained, which another {' and '.join(changed)} would change "
+                "nothing of: choose another output"
+            )
 
     def _check_done(self, report: dict[str, Any], shown: dict[str, Any]) -> None:
         """Raises ValueError where a stage that was trained is now another one. The last that was may have

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCENES = 20_000  # where it is not said how many
+PLACE = "<image>"  # of a picture in a text
 ASKED, ANSWERED = ("human", "user"), ("gpt", "assistant")  # what conversations call the two
 
 
@@ -60,18 +61,22 @@ def _scenes(n: int, split: str, cache: Path) -> list[Picture]:
 
 def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
     """One picture for all the lines that name the same file."""
+    path = _file(path)
     found: dict[str, Picture] = {}
     broken: list[str] = []
     for number, line in _rows(path):
         where = f"{path}:{number}"
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
-            image = str(row["image"])
+            if not isinstance(row, dict):
+                raise ValueError("it is no object with image, question and answer")
+            if not isinstance(image := row.get("image"), str) or not image:
+                raise ValueError(f"its image is {image!r}, which names no file")
             pairs = _pairs(row)
             if not (path.parent / image).is_file():
                 raise ValueError(f"there is no image file '{path.parent / image}'")
-        except (ValueError, KeyError, TypeError) as error:
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        except ValueError as error:
+            reason = f"it is no JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
             if not skip_broken:
                 raise ValueError(
                     f"{where} cannot be learned from ({reason}): mend it, or set data.skip_broken"
@@ -86,6 +91,18 @@ def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
     return [picture for picture in found.values() if picture.questions]
 
 
+def _file(path: Path) -> Path:
+    """The file of lines itself, or the only one in a folder."""
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if len(files) != 1:
+            raise ValueError(f"{path} is a folder with {len(files)} files of lines: give one, jsonl:PATH")
+        return files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give one of lines, jsonl:PATH")
+    return path
+
+
 def _rows(path: Path) -> list[tuple[int, Any]]:
     """Numbered lines, not yet read, or the entries of a file that is one list, as LLaVA's are."""
     content = path.read_bytes()
@@ -93,17 +110,22 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
         try:
             return list(enumerate(json.loads(content), 1))
         except ValueError as error:
-            raise ValueError(f"{path} is no list of JSON: {error}") from None
+            raise ValueError(
+                f"{path} begins like a list of JSON and is none ({error}): give one list, or lines of objects"
+            ) from None
     return [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
 def _pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The questions and answers of a line. Turns of a conversation are asked one by one."""
-    if "conversations" not in row:
-        return [(_asked(_text(row, "question")), _text(row, "answer"))]
-    turns = [(turn["from"], _text(turn, "value")) for turn in row["conversations"]]
+    turns = row.get("conversations")
+    if turns is None:
+        return [(_asked(_text(row, "question")), _answered(_text(row, "answer")))]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn for turn in turns):
+        raise ValueError("its conversations are no list of turns with 'from' and 'value'")
+    turns = [(turn["from"], _text(turn, "value")) for turn in turns]
     pairs = [
-        (_asked(asked), answered)
+        (_asked(asked), _answered(answered))
         for (who, asked), (other, answered) in zip(turns[::2], turns[1::2])
         if who in ASKED and other in ANSWERED
     ]
@@ -114,10 +136,18 @@ def _pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _asked(question: str) -> str:
     """Without the place of the picture, which is in front of every question."""
-    return question.replace("<image>", "").strip()
+    return question.replace(PLACE, "").strip()
+
+
+def _answered(answer: str) -> str:
+    if PLACE in answer:
+        raise ValueError(f"its answer holds {PLACE}, the place of a picture")
+    return answer
 
 
 def _text(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        raise ValueError(f"it has no {name}")
     value = row[name]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
@@ -125,6 +155,8 @@ def _text(row: dict[str, Any], name: str) -> str:
         raise ValueError(f"its {name} is {value!r}, which is no text")
     if not value.strip():
         raise ValueError(f"its {name} is empty")
+    if not value.isprintable() and value.encode(errors="replace").decode() != value:
+        raise ValueError(f"its {name} has half a character, {value!r}")
     return value
 
 
@@ -141,7 +173,13 @@ def _dataset(name: str, n: int | None, skip_broken: bool) -> list[Picture]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         rows = datasets.load_from_disk(str(path))
     else:
-        rows = datasets.load_dataset(str(path) if path.exists() else folder)
+        try:
+            rows = datasets.load_dataset(str(path) if path.exists() else folder)
+        except datasets.exceptions.DatasetsError as error:
+            raise ValueError(
+                f"{folder} cannot be read as a data set ({error}): give a folder or a name on the Hub with "
+                "the columns image, question and answer, or jsonl:PATH"
+            ) from error
     if isinstance(rows, dict):
         split = split or ("train" if "train" in rows else next(iter(rows)))
         if split not in rows:

@@ -103,7 +103,14 @@ def _data(content: Any) -> Data:
 def _stages(content: Any) -> tuple[Stage, ...]:
     if not isinstance(content, list):
         raise ValueError("stages is a list, like [{kind: features, steps: 500}]")
-    return tuple(_stage(number, one) for number, one in enumerate(content))
+    stages = tuple(_stage(number, one) for number, one in enumerate(content))
+    kinds = [stage.kind for stage in stages]
+    if "length" in kinds and kinds[-1] != "length":
+        raise ValueError(
+            f"stage {len(kinds)}-{kinds[-1]} changes the tokens that the stage of kind length learned to "
+            "count: put that one last"
+        )
+    return stages
 
 
 def _stage(number: int, content: Any) -> Stage:
@@ -121,7 +128,9 @@ def _stage(number: int, content: Any) -> Stage:
     known = _arguments()
     check_names(f"{where}, of kind {kind},", rest, [*SHARED, *OWN[kind], *known], told=(*SHARED, *OWN[kind]))
     if refused := sorted(set(rest) & set(SET_HERE)):
-        raise ValueError(f"{where}: {', '.join(refused)} cannot be set here: `vtc train` sets it itself")
+        raise ValueError(
+            f"{where}: {', '.join(refused)} cannot be set here: `vtc train` sets what it needs itself"
+        )
     stage = made(Stage, f"{where}.", own, arguments=rest)
     if stage.muon is not None and ("optim" in rest or not stage.muon > 0):
         raise ValueError(f"{where}: muon is a positive rate, and has AdamW beside it: leave optim out")

@@ -182,6 +182,7 @@ class _Training:
             "pictures": len(self.pictures),
             "data": dataclasses.asdict(self.config.data),
             "seed": self.config.seed,
+            "precision": self.config.precision,
             "first": _losses(history[0]),
             "last": _losses(history[-1]),
             "done": True,

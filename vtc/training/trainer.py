@@ -169,9 +169,9 @@ def arguments_of(config: Config, stage: Stage, name: str) -> TrainingArguments:
         raise ValueError("precision fp16 needs a GPU, and there is none: use bf16 or no")
     every = max(1, stage.steps // 5)
     usual = {
-        "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "optim": "adamw_torch", "weight_decay": 0.01,
-        "adam_beta2": 0.98,
-        "logging_steps": max(1, min(50, stage.steps // 10)), "logging_first_step": True,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0.05 if stage.steps > 1 else 0,
+        "optim": "adamw_torch", "weight_decay": 0.01, "adam_beta2": 0.98,
+        "logging_steps": max(1, min(50, stage.steps // 10)),
         "save_strategy": "steps", "save_steps": every, "save_total_limit": 2, "report_to": "none",
         "dataloader_pin_memory": cuda, "logging_nan_inf_filter": False, "disable_tqdm": False,
         "dataloader_drop_last": True,
@@ -181,6 +181,7 @@ def arguments_of(config: Config, stage: Stage, name: str) -> TrainingArguments:
         "per_device_train_batch_size": stage.batch_size, "learning_rate": stage.learning_rate,
         "seed": config.seed, "bf16": config.precision == "bf16", "fp16": config.precision == "fp16",
         "use_cpu": not cuda, "remove_unused_columns": False, "label_names": [],
+        "logging_first_step": True,
     }  # fmt: skip
     if not cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # named, it alone makes a training distributed
         usual["ddp_backend"] = "gloo"

@@ -42,7 +42,7 @@ def checked(where: str, annotation: str, value: Any) -> Any:
         return None
     if annotation.startswith("tuple"):
         if not isinstance(value, (list, tuple)) or not all(type(part) is int and part > 0 for part in value):
-            raise ValueError(f"{where} is a list of whole numbers, not {value!r}")
+            raise ValueError(f"{where} is a list of whole numbers from 1 on, not {value!r}")
         return tuple(value)
     if name not in _TYPES:
         return value
