@@ -8,7 +8,9 @@ from PIL import Image
 from small import write_task
 
 import vtc
-from vtc import cli, commands_sweep, reference_model
+from vtc import cli
+from vtc.commands import reference_model
+from vtc.commands import sweep as commands_sweep
 from vtc.evaluation.scenes import scene
 from vtc.hosts.trunk import FAMILIES
 

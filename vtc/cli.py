@@ -7,12 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from .arguments import parser
-from .commands_list import hosts, methods, modules, tokenizers
-from .commands_picture import ask, draw, profile
-from .commands_sweep import demo, report, sweep
-from .commands_tokenize import detokenize, tokenize
-from .commands_train import train
+from .commands.arguments import parser
+from .commands.listing import hosts, methods, modules, tokenizers
+from .commands.picture import ask, draw, profile
+from .commands.sweep import demo, report, sweep
+from .commands.tokenize import detokenize, tokenize
+from .commands.train import train
 
 COMMANDS = {
     "methods": methods, "hosts": hosts, "ask": ask, "draw": draw, "profile": profile, "demo": demo,

@@ -9,7 +9,7 @@ from .columns import print_columns
 
 def methods(options: argparse.Namespace) -> None:
     """list the methods"""
-    from .method import doc, get_method, list_methods
+    from ..method import doc, get_method, list_methods
 
     rows = [("method", "stages", "options", "what it does")]
     for name in list_methods():
@@ -21,8 +21,8 @@ def methods(options: argparse.Namespace) -> None:
 
 def hosts(options: argparse.Namespace) -> None:
     """list the families of models"""
-    from .hosts.support import MEANING, refused, rows
-    from .hosts.trunk import FAMILIES
+    from ..hosts.support import MEANING, refused, rows
+    from ..hosts.trunk import FAMILIES
 
     print_columns(rows())
     print()
@@ -35,7 +35,7 @@ def hosts(options: argparse.Namespace) -> None:
 
 def tokenizers(options: argparse.Namespace) -> None:
     """list the tokenizers"""
-    from .tokenizers.listing import MEANING, rows
+    from ..tokenizers.listing import MEANING, rows
 
     print_columns(rows())
     print()
@@ -44,7 +44,7 @@ def tokenizers(options: argparse.Namespace) -> None:
 
 def modules(options: argparse.Namespace) -> None:
     """list the modules with weights"""
-    from .learned.listing import MEANING, rows
+    from ..learned.listing import MEANING, rows
 
     print_columns(rows())
     print()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-REFERENCE = Path(__file__).parents[1] / "models" / "tiny-llava"
+REFERENCE = Path(__file__).parents[2] / "models" / "tiny-llava"
 
 
 def model_named(name: str | None) -> tuple[Any, Any]:
     """A model and its processor."""
-    from .ask import load_model
+    from ..ask import load_model
 
     quiet()
     if name is None and not (REFERENCE / "config.json").is_file():

@@ -9,7 +9,7 @@ from .reference_model import quiet
 
 def train(options: argparse.Namespace) -> None:
     """train a module with weights in a host; goes on where it was stopped with --resume"""
-    from .training import train as run
+    from ..training import train as run
 
     quiet()
     run(options.config, options.set, resume=options.resume)

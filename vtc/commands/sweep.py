@@ -12,13 +12,13 @@ from .columns import print_columns
 from .reference_model import REFERENCE, model_named, quiet
 
 if TYPE_CHECKING:
-    from .evaluation.board import Board
-    from .evaluation.gallery import Exhibit
+    from ..evaluation.board import Board
+    from ..evaluation.gallery import Exhibit
 
 
 def sweep(options: argparse.Namespace) -> None:
     """measure methods at several budgets; goes on where it was stopped"""
-    from .evaluation.board import boards
+    from ..evaluation.board import boards
 
     how = {
         "n": options.questions, "split": options.split, "seeds": options.seeds, "output": options.output,
@@ -30,7 +30,7 @@ def sweep(options: argparse.Namespace) -> None:
 
 
 def _sweep_answers(options: argparse.Namespace, how: dict[str, Any]) -> list[dict[str, Any]]:
-    from .evaluation.sweep import sweep as run
+    from ..evaluation.sweep import sweep as run
 
     if options.schedule:
         raise ValueError("--schedule is for encoders: give one by --host")
@@ -45,8 +45,8 @@ def _sweep_answers(options: argparse.Namespace, how: dict[str, Any]) -> list[dic
 
 
 def _sweep_classes(options: argparse.Namespace, how: dict[str, Any]) -> list[dict[str, Any]]:
-    from .evaluation.classifiers import open_classifier
-    from .evaluation.classify import sweep_encoder
+    from ..evaluation.classifiers import open_classifier
+    from ..evaluation.classify import sweep_encoder
 
     quiet()
     classifier = open_classifier(options.host)
@@ -61,9 +61,9 @@ def demo(options: argparse.Namespace) -> None:
     """measure six methods at five budgets on the reference model and write a report"""
     import torch
 
-    from .evaluation.board import boards
-    from .evaluation.report import write_report
-    from .evaluation.sweep import sweep as run
+    from ..evaluation.board import boards
+    from ..evaluation.report import write_report
+    from ..evaluation.sweep import sweep as run
 
     # So small a model gains little from threads, and is many times slower where they fight for busy cores.
     torch.set_num_threads(1)
@@ -92,8 +92,8 @@ def demo(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """write tables, plots and a page from results, or fill in a README"""
-    from .evaluation.chance import below_random
-    from .evaluation.report import load_boards, update_readme, write_report
+    from ..evaluation.chance import below_random
+    from ..evaluation.report import load_boards, update_readme, write_report
 
     _check_plots()
     found = load_boards(options.results)
@@ -119,9 +119,9 @@ def _check_plots() -> None:
 
 
 def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[list[Exhibit]]:
-    from .evaluation.gallery import gallery
-    from .evaluation.sweep import identify
-    from .evaluation.tasks import load_task
+    from ..evaluation.gallery import gallery
+    from ..evaluation.sweep import identify
+    from ..evaluation.tasks import load_task
 
     own = identify(model)
     others = dict.fromkeys(board.model for board in found if board.model != own and not board.classes)
@@ -135,9 +135,9 @@ def _exhibits(found: list[Board], model: Any, processor: Any, n: int) -> list[li
 
 
 def _print_boards(found: list[Board]) -> None:
-    from .evaluation.hard import hard_legend, hard_lines
-    from .evaluation.tables import accuracy_lines, bounds, encoder_lines, left_blocks, legend
-    from .evaluation.varying import varying_legend, varying_lines
+    from ..evaluation.hard import hard_legend, hard_lines
+    from ..evaluation.tables import accuracy_lines, bounds, encoder_lines, left_blocks, legend
+    from ..evaluation.varying import varying_legend, varying_lines
 
     for board in found:
         if board.classes:

@@ -15,12 +15,12 @@ from .reference_model import model_named, quiet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .record import Record
+    from ..record import Record
 
 
 def ask(options: argparse.Namespace) -> None:
     """answer a question about an image with and without compression"""
-    from .ask import compare_answers
+    from ..ask import compare_answers
 
     model, processor = model_named(options.model)
     _choose_method(options, model)
@@ -39,9 +39,9 @@ def ask(options: argparse.Namespace) -> None:
 
 def draw(options: argparse.Namespace) -> None:
     """draw the kept and merged tokens on an image"""
-    from .draw import draw as drawn
-    from .images import open_image
-    from .views import after
+    from ..draw import draw as drawn
+    from ..images import open_image
+    from ..views import after
 
     image = open_image(options.image)
     records, processor = _answered(options, image) if options.host is None else _classified(options, image)
@@ -55,7 +55,7 @@ def draw(options: argparse.Namespace) -> None:
 
 
 def _answered(options: argparse.Namespace, image: Image) -> tuple[list[Record], Any]:
-    from .ask import ask as answer
+    from ..ask import ask as answer
 
     model, processor = model_named(options.model)
     _choose_method(options, model)
@@ -66,9 +66,9 @@ def _answered(options: argparse.Namespace, image: Image) -> tuple[list[Record], 
 def _classified(options: argparse.Namespace, image: Image) -> tuple[list[Record], Any]:
     import torch
 
-    from .api import compress
-    from .evaluation.classifiers import open_classifier
-    from .evaluation.prompts import place
+    from ..api import compress
+    from ..evaluation.classifiers import open_classifier
+    from ..evaluation.prompts import place
 
     if options.model is not None:
         raise ValueError("give a --model that answers or a --host that classifies, not both")
@@ -85,10 +85,10 @@ def _classified(options: argparse.Namespace, image: Image) -> tuple[list[Record]
 
 def profile(options: argparse.Namespace) -> None:
     """measure a prefill with and without compression"""
-    from .api import compress
-    from .cost import profile as measure
-    from .evaluation.prompts import encode, place
-    from .images import open_image
+    from ..api import compress
+    from ..cost import profile as measure
+    from ..evaluation.prompts import encode, place
+    from ..images import open_image
 
     image = open_image(options.image)
     model, processor = model_named(options.model)
@@ -103,7 +103,7 @@ def profile(options: argparse.Namespace) -> None:
 
 
 def _choose_method(options: argparse.Namespace, model: Any) -> None:
-    from .api import compress
+    from ..api import compress
 
     if options.method is None:
         options.method = "vtc-cls"
@@ -116,7 +116,7 @@ def _choose_method(options: argparse.Namespace, model: Any) -> None:
 
 def _choose_keep(options: argparse.Namespace) -> None:
     """A quarter of the tokens; of a module that was saved what it makes at most."""
-    from .method import list_methods
+    from ..method import list_methods
 
     if options.keep is None and options.method in list_methods():
         options.keep = 0.25

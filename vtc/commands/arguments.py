@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from .commands_tokenize import arguments_detokenize, arguments_tokenize
-from .commands_train import arguments_train
+from .tokenize import arguments_detokenize, arguments_tokenize
+from .train import arguments_train
 
 METHODS = ("vtc-cls", "hiprune", "divprune", "tome", "random", "downsample")
 KEEPS = (0.5, 0.33, 0.22, 0.11, 0.05)

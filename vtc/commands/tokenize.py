@@ -11,7 +11,7 @@ DEFAULT = "tiny-tokenizer"
 
 def tokenize(options: argparse.Namespace) -> None:
     """turn a folder of pictures into shards of tokens; goes on where it was stopped"""
-    from .tokenizers import tokenize_folder
+    from ..tokenizers import tokenize_folder
 
     if options.ray:  # its core warns of what is meant to be so
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -31,7 +31,7 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def detokenize(options: argparse.Namespace) -> None:
     """turn shards of tokens into pictures"""
-    from .tokenizers import detokenize_folder
+    from ..tokenizers import detokenize_folder
 
     written = detokenize_folder(
         options.tokens, options.output, options.tokenizer, length=options.length,
@@ -91,6 +91,6 @@ def _policy(text: str | None) -> str | int | None:
 
 
 def _policies() -> str:
-    from .tokenizers.parse import FORMS
+    from ..tokenizers.parse import FORMS
 
     return "policies:\n" + "".join(f"  {form}\n      {what}\n" for form, what in FORMS.items())

@@ -1,0 +1,1 @@
+"""The commands of `vtc`, and what they take."""
