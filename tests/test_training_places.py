@@ -149,6 +149,24 @@ def test_features_are_those_of_the_bare_host(batch):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("name", ["granite4_vision", "gemma3", "llava_next-clip", "internvl"])
+def test_features_of_families_are_compared_whatever_their_form(name):
+    from tiny import build as tiny
+
+    losses = []
+    for cell in (1, 2):
+        model, make_inputs = tiny(name)
+        inputs = make_inputs()
+        vision = {
+            name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")
+        }
+        module = ReplacedAttention.for_host(model, "super-token-attention", cell=(cell, cell)).float()
+        objective = made(Imitate, module, model.requires_grad_(False), {}, kind="features", counts=())
+        losses.append(float(objective(vision=vision)["loss"].detach()))
+        objective.detach()
+    assert losses[0] < 1e-6 < 1e-4 < losses[1]  # a super token for each token is the host's own attention
+
+
 def test_replaced_attention_learns_its_loss_away(make):
     steps = {"steps": 30, "batch_size": 6, "logging_steps": 1, "learning_rate": 1e-2, "weight_decay": 0}
     config = make({"kind": "features", **steps}, module=AGENTS)

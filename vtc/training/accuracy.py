@@ -43,17 +43,17 @@ def accuracy(
     model: nn.Module,
     module: LearnedModule,
     batches: Batches,
-    counts: Sequence[int | None],
+    keeps: dict[str, Any],
     where: dict[str, Any],
 ) -> dict[str, float]:
-    """The share of right answers of the host ("full") and with the module, by the number of tokens; "all"
-    where it keeps them all. where: what else `compress` is told."""
+    """The share of right answers of the host ("full"), and with the module by the names of budgets. where:
+    what else `compress` is told."""
     module.eval()
     found = {"full": _share(model, batches)}
-    with compress(model, module, keep=counts[0], **where) as handle:
-        for k in counts:
-            handle.keep = k
-            found["all" if k is None else str(k)] = _share(model, batches)
+    with compress(model, module, keep=next(iter(keeps.values())), **where) as handle:
+        for name, keep in keeps.items():
+            handle.keep = keep
+            found[name] = _share(model, batches)
     return found
 
 

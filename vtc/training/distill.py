@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import compress, unwrap
-from ..hosts import open_host
+from ..hosts import find_host, open_host
 from ..learned.base import Grid, LearnedModule, Resampler, told
 from .answers import Answers
 from .batches import IGNORED
@@ -42,12 +42,15 @@ class Distill(Objective):
 
     def attach(self) -> None:
         self.taught("")
-        self.handle = compress(self.host, self.module, keep=self.possible[-1], **self.where)
+        self.handle = compress(self.host, self.module, keep=self.budget(self.possible[-1]), **self.where)
         self.answers = Answers(self.host)
         tower = open_host(unwrap(self.host)).encoder.tower
         # What works inside of the tower, or reads further layers there, needs it to run.
         inside = self.where.get("stage", "features") != "features" or self.module.layers
         self.tower = None if inside else SharedTower(tower)
+
+    def budget(self, k: int | None) -> int | float | None:
+        return budget(self.host, self.where, self.grid, k)
 
     def detach(self) -> None:
         if self.tower is not None:
@@ -92,7 +95,7 @@ class Distill(Objective):
 
     def student(self, batch: dict[str, Any], k: int | None) -> Tensor:
         """(M, V) with k tokens, with all and the module where None."""
-        self.handle.keep = k
+        self.handle.keep = self.budget(k)
         return self.answers(batch)
 
 
@@ -150,6 +153,12 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def possible_counts(module: LearnedModule, grid: Grid) -> list[int] | list[None]:
     """The numbers of tokens that a module makes of a grid, ascending; [None] for one that keeps all."""
     return [*module.counts_for(grid)] if isinstance(module, Resampler) else [None]
+
+
+def budget(model: nn.Module, where: dict[str, Any], grid: Grid, k: int | None) -> int | float | None:
+    """What `compress` is told for k tokens of each grid. Tiles inside of an encoder take a share."""
+    inside = where.get("stage") == "encoder" and find_host(model).tiled
+    return k / math.prod(grid) if inside and k is not None else k
 
 
 def _told(counts: list[int] | list[None]) -> str:

@@ -15,6 +15,7 @@ from ..hosts import features_owner, find_host, open_host
 from ..learned import Resampler
 from ..learned.base import Grid
 from ..method import Need, Select
+from ..stages.fields import join
 from ..stages.projection import token_by_token
 from ..tokens import Tokens
 
@@ -88,7 +89,7 @@ def image_features(model: nn.Module, vision: dict[str, Tensor]) -> Any:
 
 
 def told_to_decoder(model: nn.Module, vision: dict[str, Tensor]) -> Tensor:
-    """Features of all pictures behind the host's projector, float32: (M, D)."""
-    found = image_features(model, vision).pooler_output
-    parts = [found] if isinstance(found, Tensor) else found  # a tensor for each picture
-    return torch.cat([part.flatten(0, -2) for part in parts]).float()
+    """Features of all pictures behind the host's projector, with those for early decoder layers beside them,
+    float32: (M, D)."""
+    host = find_host(model)
+    return join(image_features(model, vision), host.features, host.deep)[0].float()

@@ -109,11 +109,14 @@ class _Training:
     def _check_host(self) -> None:
         """Raises ValueError where `compress` refuses the module."""
         from ..api import compress
-        from .distill import possible_counts
+        from .distill import budget, possible_counts
 
+        own = next(iter(getattr(self.module, "stages", ())), None)
+        self.where = {"stage": own, **self.config.compress}
         most = possible_counts(self.module, self.found.grid)[-1]
-        with compress(self.model, self.module, keep=most, **self.config.compress) as handle:
-            self.where = {**self.config.compress, "stage": handle.plan[0][1]["stage"]}
+        keep = budget(self.model, self.where, self.found.grid, most)
+        with compress(self.model, self.module, keep=keep, **self.where) as handle:
+            self.where["stage"] = handle.plan[0][1]["stage"]
         self.module.trained_on(self.model)  # checkpoints know it too
 
     def _check_stages(self) -> None:
@@ -213,8 +216,13 @@ class _Training:
 
     def _accuracy(self) -> dict[str, float]:
         from .accuracy import accuracy
+        from .distill import budget
 
-        return accuracy(self.model, self.module, self.batches, self.counts(), self.where)
+        keeps = {
+            "all" if k is None else str(k): budget(self.model, self.where, self.found.grid, k)
+            for k in self.counts()
+        }
+        return accuracy(self.model, self.module, self.batches, keeps, self.where)
 
     def _evaluate(self, objective: Any, name: str, step: int) -> None:
         if not self.first:
