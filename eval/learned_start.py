@@ -130,12 +130,8 @@ def module_of(host: Host, case: Case) -> nn.Module:
     if case.name == "proxy-projector":
         widths["out_width"] = host.model.config.text_config.hidden_size
     module = build(case.name, **widths, **case.options).eval()
-    if case.name == "proxy-projector":
-        projector = host.model.model.multi_modal_projector
-        module.start_from(projector.linear_1, projector.linear_2)
-    elif case.name == "token-slimming":
-        layer = -2 if case.place == "features" else BEHIND + 1
-        module.start_from(host.features(host.training, layer), GRID)
+    features = host.features(host.training, -2 if case.place == "features" else BEHIND + 1)
+    module.begin([(features, GRID)], host.model.model.multi_modal_projector)
     return module
 
 

@@ -82,6 +82,19 @@ def test_a_data_set(tmp_path, kept):
             load(f"datasets:{tmp_path / 'set'}:dev")
 
 
+def test_rows_of_a_data_set_are_read_as_lines_are(tmp_path):
+    import datasets
+
+    pictures = [scene("train", i).image for i in range(2)]
+    rows = {"image": pictures, "question": ["<image>\nhow many ?", "a"], "answer": ["2", " "]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path)
+    assert load(f"datasets:{tmp_path}", n=1)[0].questions == [("how many ?", "2")]
+    with pytest.raises(ValueError, match=r"row 1 of .* cannot be learned from \(its answer is empty"):
+        load(f"datasets:{tmp_path}")
+    with pytest.warns(UserWarning, match="1 of the data cannot be read"):
+        assert len(load(f"datasets:{tmp_path}", skip_broken=True)) == 1
+
+
 def test_a_data_set_with_other_columns(tmp_path):
     import datasets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ class ReplacedAttention(LearnedModule):
     """
 
     name = "replaced-attention"
+    stages: ClassVar[tuple[str, ...]] = ("attention",)  # of a host
 
     @dataclass(frozen=True)
     class Config:

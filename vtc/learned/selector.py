@@ -22,8 +22,8 @@ class Selector(BetweenBlocks, Resampler):
     Each kind is trained by losses of its own, and then works at any stage. It may also learn from the loss of
     a host, as in stage "distill" of `vtc train`, which is in neither paper: in training mode a host is given
     exactly k drawn tokens (the highest scores with Gumbel noise, which draws without replacement), and the
-    gradient of a score is what it is worth that its token is itself and not the average of all, by its
-    share of the softmax. (To scale tokens tells little: language models normalise them.)
+    gradient of a score is what it is worth that its token is itself and not the average of all, times the
+    slope of the score's sigmoid. (To scale tokens tells little: language models normalise them.)
     """
 
     any_number = True

@@ -78,9 +78,7 @@ def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
         except ValueError as error:
             reason = f"it is no JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
             if not skip_broken:
-                raise ValueError(
-                    f"{where} cannot be learned from ({reason}): mend it, or set data.skip_broken"
-                ) from None
+                raise ValueError(_unusable(where, reason)) from None
             broken.append(where)
             continue
         if image not in found and n is not None and len(found) == n:
@@ -89,6 +87,10 @@ def _lines(path: Path, n: int | None, skip_broken: bool) -> list[Picture]:
         found.setdefault(image, Picture(opener, where, [])).questions.extend(pairs)
     _tell(broken)
     return [picture for picture in found.values() if picture.questions]
+
+
+def _unusable(where: str, reason: object) -> str:
+    return f"{where} cannot be learned from ({reason}): mend it, or set data.skip_broken"
 
 
 def _file(path: Path) -> Path:
@@ -155,7 +157,7 @@ def _text(row: dict[str, Any], name: str) -> str:
         raise ValueError(f"its {name} is {value!r}, which is no text")
     if not value.strip():
         raise ValueError(f"its {name} is empty")
-    if not value.isprintable() and value.encode(errors="replace").decode() != value:
+    if value.encode(errors="replace").decode() != value:
         raise ValueError(f"its {name} has half a character, {value!r}")
     return value
 
@@ -195,12 +197,14 @@ def _dataset(name: str, n: int | None, skip_broken: bool) -> list[Picture]:
     pictures, broken = [], []
     for number, (question, answer) in enumerate(texts):
         where = f"row {number} of {name}"
-        if not str(question or "").strip() or not str(answer or "").strip():
+        try:
+            pairs = _pairs({"question": question, "answer": answer})
+        except ValueError as error:
             if not skip_broken:
-                raise ValueError(f"{where} has no question or no answer: mend it, or set data.skip_broken")
+                raise ValueError(_unusable(where, error)) from None
             broken.append(where)
             continue
-        pictures.append(Picture(partial(_of_row, rows, number), where, [(str(question), str(answer))]))
+        pictures.append(Picture(partial(_of_row, rows, number), where, pairs))
     _tell(broken)
     return pictures
 

@@ -111,12 +111,10 @@ class _Training:
         from ..api import compress
         from .distill import budget, possible_counts
 
-        own = next(iter(getattr(self.module, "stages", ())), None)
-        self.where = {"stage": own, **self.config.compress}
+        self.where = {"stage": self.module.stages[0], **self.config.compress}
         most = possible_counts(self.module, self.found.grid)[-1]
         keep = budget(self.model, self.where, self.found.grid, most)
-        with compress(self.model, self.module, keep=keep, **self.where) as handle:
-            self.where["stage"] = handle.plan[0][1]["stage"]
+        compress(self.model, self.module, keep=keep, **self.where).remove()
         self.module.trained_on(self.model)  # checkpoints know it too
 
     def _check_stages(self) -> None:
